@@ -1,0 +1,22 @@
+"""Anti-Diffusion: protect pictures against fine-tuning and editing by diffusion models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RECIPES", "Picture", "Surrogate", "__version__", "protect"]
+
+if TYPE_CHECKING:
+    from antidiffusion.picture import Picture
+    from antidiffusion.protect import protect
+    from antidiffusion.recipes import RECIPES
+    from antidiffusion.surrogate import Surrogate
+
+_HOMES = {"RECIPES": "recipes", "Picture": "picture", "Surrogate": "surrogate", "protect": "protect"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when something that needs it is asked for: `antidiffusion --help` is instant."""
+    if name in _HOMES:
+        return getattr(import_module(f"antidiffusion.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'antidiffusion' has no attribute {name!r}")

@@ -1,0 +1,126 @@
+"""The main job on the embedded model, shown on one page: protect, edit, compare."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.sdedit import sdedit
+from antidiffusion.metrics.fidelity import psnr, ssim
+from antidiffusion.picture import Picture
+from antidiffusion.protect import protect
+from antidiffusion.recipes import Progress, RandomSign, Recipe
+from antidiffusion.surrogate import Surrogate
+
+PROMPT = "a portrait of a person, wearing sunglasses and a red shirt, on a green background"
+STRENGTH = 0.5
+GUIDANCE = 3.0  # the embedded model's contrast suffers above it
+MAGNIFY = 10
+VERSIONS = ("clean", "random noise", "protected")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One version of a portrait on the page: the picture, its edit, and how far the edit is from the clean one's."""
+
+    name: str
+    picture: str
+    perturbation: str
+    edit: str
+    linf: int
+    psnr: float
+    edit_ssim: float
+
+
+def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, progress: Progress) -> Path:
+    """Protect the bundled portraits, edit every version with one prompt and the same noise, and write the page.
+
+    Arguments:
+        output: Folder for `index.html`, the pictures and the cards; files in it are replaced.
+        surrogate: The model that protects and edits.
+        recipe: The protection.
+        seed: Of all randomness.
+        progress: As in `protect`.
+
+    Returns:
+        Path of the page.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    portraits = sorted(resources.files("antidiffusion").joinpath("mini", "portraits").iterdir(), key=str)
+    people = []
+    for number, path in enumerate(portraits, 1):
+
+        def named(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"portrait {number} of {len(portraits)}: {stage}", done, total)
+
+        original = Picture.read(str(path))
+        (noise,) = protect([original], RandomSign(recipe.budget), surrogate=surrogate, seed=seed)
+        (protected,) = protect([original], recipe, surrogate=surrogate, seed=seed, progress=named)
+        versions = dict(zip(VERSIONS, (original, noise.picture, protected.picture), strict=True))
+        edits = {}
+        for name, picture in versions.items():
+            generator = Generator().manual_seed(seed)
+            options: Any = {"strength": STRENGTH, "guidance": GUIDANCE}
+            edits[name] = sdedit(picture.tensor(), PROMPT, surrogate, generator, **options)
+            named(f"editing, {name}", 1, 1)
+        stem = Path(str(path)).stem
+        for name, edit in edits.items():
+            _image(edit).save(output / f"{stem}-{name.replace(' ', '-')}-edited.png")
+        card = protected.save(output / f"{stem}-protected.png", overwrite=True)
+        shown = [_shown(name, versions[name], original, edits) for name in VERSIONS]
+        people.append({"shown": shown, "curves": _curves(protected.losses), "card": json.dumps(card, indent=2)})
+    environment = Environment(
+        loader=PackageLoader("antidiffusion", "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    settings = {"prompt": PROMPT, "strength": STRENGTH, "magnify": MAGNIFY, "budget": f"{recipe.budget:g}"}
+    page = output / "index.html"
+    partial = page.with_suffix(".part")
+    partial.write_text(environment.get_template("demo.html").render(people=people, **settings))
+    partial.replace(page)
+    return page
+
+
+def _shown(name: str, picture: Picture, original: Picture, edits: Mapping[str, Tensor]) -> Shown:
+    difference = picture.pixels.astype(np.int16) - original.pixels
+    magnified = np.clip(128 + MAGNIFY * difference, 0, 255).astype(np.uint8)
+    return Shown(
+        name=name,
+        picture=_embed(Image.fromarray(picture.pixels)),
+        perturbation=_embed(Image.fromarray(magnified)),
+        edit=_embed(_image(edits[name])),
+        linf=int(np.abs(difference).max()),
+        psnr=psnr(picture.tensor(), original.tensor()).item(),
+        edit_ssim=ssim(edits[name], edits["clean"]).item(),
+    )
+
+
+def _image(x: Tensor) -> Image.Image:
+    return Image.fromarray((x[0].permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def _embed(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _curves(losses: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Turn losses by stage into SVG polylines in a box of 100 x 40, each scaled to its own range."""
+    curves = []
+    for stage, values in losses.items():
+        low, high = min(values), max(values)
+        points = [
+            f"{100 * i / max(1, len(values) - 1):.1f},{40 - 38 * (v - low) / ((high - low) or 1):.1f}"
+            for i, v in enumerate(values)
+        ]
+        curves.append({"stage": stage, "points": " ".join(points), "low": low, "high": high, "steps": len(values)})
+    return curves

@@ -1,0 +1,66 @@
+"""Projected gradient ascent on one or several pictures.
+
+References:
+    Towards Deep Learning Models Resistant to Adversarial Attacks, Madry et al., 2018, arXiv 1706.06083
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.budget import Linf
+from antidiffusion.objectives import Objective
+from antidiffusion.resolution import Canvas
+
+
+def batches(canvases: Sequence[Canvas]) -> list[list[Canvas]]:
+    """Group canvases whose views have one size, so that each group runs as a batch."""
+    ordered = sorted(canvases, key=lambda canvas: canvas.size)
+    return [list(group) for _, group in groupby(ordered, key=lambda canvas: canvas.size)]
+
+
+def views(batch: Sequence[Canvas]) -> Tensor:
+    """Stack what the model sees of canvases with one view size: `(B, 3, h, w)` float32 in [0, 1]."""
+    return torch.cat([canvas.view() for canvas in batch])
+
+
+def gradient(objective: Objective, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return the objective's gradient at pictures `x: (B, 3, h, w)` and its values `(B,)`.
+
+    The losses are summed, not averaged, so that one picture's step does not depend on how many share its batch.
+    """
+    x = x.detach().requires_grad_()
+    losses = objective(x, generator)
+    (result,) = torch.autograd.grad(losses.sum(), x)
+    return result, losses.detach()
+
+
+def ascend(
+    objectives: Sequence[Objective],
+    groups: Sequence[Sequence[Canvas]],
+    budget: Linf,
+    *,
+    steps: int,
+    step_size: float,
+    generator: Generator,
+) -> Iterator[float]:
+    """Take `steps` sign steps on every canvas, in place; yields the mean objective after each.
+
+    Arguments:
+        objectives: One for each group.
+        groups: Canvases in groups of one view size, from `batches`.
+        budget: Where the perturbations stay.
+        steps: Number of steps.
+        step_size: In 1/255 units.
+        generator: Source of the objectives' noise.
+    """
+    for _ in range(steps):
+        values = []
+        for objective, group in zip(objectives, groups, strict=True):
+            slope, losses = gradient(objective, views(group), generator)
+            for canvas, part in zip(group, slope.split(1), strict=True):
+                canvas.ascend(part, step_size, budget)
+            values += losses.tolist()
+        yield sum(values) / len(values)

@@ -1,0 +1,222 @@
+"""Protections: each a frozen dataclass with its paper's defaults that perturbs canvases in place."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.budget import Linf
+from antidiffusion.objectives.semantic import DenoisingSemantic, Official
+from antidiffusion.optimize import ascend, batches, views
+from antidiffusion.resolution import Canvas
+from antidiffusion.surrogate import Embedding, Posterior, Surrogate
+from antidiffusion.tune import Sampler, constant, denoising, fit, tunable
+
+Progress = Callable[[str, int, int], None]
+"""Called after every step with the stage's name, the steps done and the steps of the whole run."""
+
+PROMPT, TUNING, PERTURBATION = "prompt tuning", "surrogate tuning", "perturbation"
+
+
+@dataclass
+class Trace:
+    """The losses of a run, by stage, and the hook that shows its progress.
+
+    Arguments:
+        total: Steps of the whole run.
+        progress: Called after each of them.
+    """
+
+    total: int
+    progress: Progress
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, stage: str, values: Iterable[float]) -> None:
+        """Exhaust an iterator of losses and record them under the stage's name."""
+        for value in values:
+            self.losses.setdefault(stage, []).append(value)
+            self.progress(stage, sum(map(len, self.losses.values())), self.total)
+
+
+class Recipe(Protocol):
+    """A protection: perturbs `canvases` in place inside its budget and returns its losses."""
+
+    @property
+    def budget(self) -> float:
+        """L-infinity budget in 1/255 units."""
+
+    def __call__(
+        self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
+    ) -> Trace: ...
+
+
+@torch.no_grad()
+def posteriors(groups: Sequence[Sequence[Canvas]], surrogate: Surrogate) -> list[Posterior]:
+    """Encode every group's current views, once for a whole phase."""
+    return [surrogate.posterior(views(group)) for group in groups]
+
+
+@dataclass(frozen=True)
+class RandomSign:
+    """Every channel of every pixel moved by the whole budget, up or down at random: the control of every table."""
+
+    budget: float = 8
+
+    def __call__(
+        self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
+    ) -> Trace:
+        trace = Trace(1, progress)
+        budget = Linf(self.budget)
+        for canvas in canvases:
+            signs = torch.randint(2, canvas.delta.shape, generator=generator, device=generator.device) * 2 - 1
+            canvas.delta.copy_(signs * self.budget)
+            budget.project_(canvas.delta, canvas.clean)
+        trace.run(PERTURBATION, [0.0])
+        return trace
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """Prompt tuning and ascent, then rounds of [surrogate tuning, ascent, prompt tuning].
+
+    Several canvases share one text embedding and one surrogate: give it the pictures of one person together.
+
+    Arguments:
+        budget: L-infinity budget in 1/255 units around the untouched picture.
+        steps: Ascent steps of each phase; there are 1 + `rounds` phases.
+        rounds: Rounds after the first ascent.
+        step_size: Of a sign step, in 1/255 units.
+        prompt_steps, prompt_learning_rate: AdamW on the text embedding, which starts from the empty prompt's.
+        tuning_steps: AdamW steps on the UNet in a round.
+        sdl_weight: lambda, the weight of the semantic disturbance loss; 0 leaves it out.
+
+    References:
+        Anti-Diffusion: Preventing Abuse of Modifications of Diffusion-Based Models, AAAI 2025, arXiv 2503.05595
+    """
+
+    budget: float = 8
+    steps: int = 10
+    rounds: int = 5
+    step_size: float = 1.0
+    prompt_steps: int = 30
+    prompt_learning_rate: float = 1e-3
+    tuning_steps: int = 20
+    sdl_weight: float = 1.0
+
+    def _alternate(
+        self,
+        groups: Sequence[Sequence[Canvas]],
+        surrogate: Surrogate,
+        generator: Generator,
+        progress: Progress,
+        *,
+        weights: Sequence[Tensor],
+        learning_rate: float,
+        perturb: Callable[[Embedding], Iterable[float]],
+        fixed_latents: bool = False,
+    ) -> Trace:
+        prompts = max(1, self.rounds)  # the last embedding would not be used
+        total = self.steps * (1 + self.rounds) + self.prompt_steps * prompts + self.tuning_steps * self.rounds
+        trace, embedding = Trace(total, progress), surrogate.embed([""])
+        prompt = (PROMPT, [embedding.tokens], self.prompt_steps, self.prompt_learning_rate, fixed_latents)
+
+        def tune(stage: str, parameters: Sequence[Tensor], steps: int, learning_rate: float, fixed: bool) -> None:
+            samplers: list[Sampler] = [posterior.sample for posterior in posteriors(groups, surrogate)]
+            if fixed:
+                samplers = [constant(sampler(generator)) for sampler in samplers]
+            loss = denoising(surrogate, samplers, embedding)
+            trace.run(stage, fit(parameters, loss, steps=steps, learning_rate=learning_rate, generator=generator))
+
+        tune(*prompt)
+        trace.run(PERTURBATION, perturb(embedding))
+        for left in reversed(range(self.rounds)):
+            tune(TUNING, weights, self.tuning_steps, learning_rate, False)
+            trace.run(PERTURBATION, perturb(embedding))
+            if left:
+                tune(*prompt)
+        return trace
+
+
+@dataclass(frozen=True)
+class AntiDiffusion(Alternation):
+    """Our recipe: the paper's procedure inside a fixed ball, with a semantic term that acts.
+
+    Arguments:
+        tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
+        sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
+        checkpointing: Recompute activations instead of keeping them: less memory, more time.
+    """
+
+    tuning: str = "auto"
+    sdl: str = "semantic"
+    checkpointing: bool = False
+
+    def __call__(
+        self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
+    ) -> Trace:
+        groups = batches(canvases)
+        clean = [views(group) for group in groups]
+
+        def perturb(embedding: Embedding) -> Iterable[float]:
+            objectives = [DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, x) for x in clean]
+            options: Any = {"steps": self.steps, "step_size": self.step_size, "generator": generator}
+            return ascend(objectives, groups, Linf(self.budget), **options)
+
+        with surrogate.checkpointing(self.checkpointing), tunable(surrogate, self.tuning) as (weights, learning_rate):
+            fit_on: Any = {"weights": weights, "learning_rate": learning_rate, "perturb": perturb}
+            return self._alternate(groups, surrogate, generator, progress, **fit_on)
+
+
+@dataclass(frozen=True)
+class OfficialAntiDiffusion(Alternation):
+    """The released code's procedure, quirks included, at its demo settings; to compare with, not to protect with.
+
+    It recentres a ball of `radius` on the current picture in every round, so that the total may reach
+    `(1 + rounds) * min(steps * step_size, radius)`, which `budget` then cuts. It aims prompt tuning at one posterior
+    sample, takes the noise for the target whatever the model predicts, and its attention term gives no gradient to
+    tokens that hold more than 1 % of the mass.
+
+    Arguments:
+        radius: Of the ball of one round, in 1/255 units: 1e-2 of the range [-1, 1].
+        step_size: In 1/255 units: 2e-3 of the range [-1, 1].
+        learning_rate: AdamW's on the UNet's weights.
+    """
+
+    step_size: float = 2e-3 * 255 / 2
+    radius: float = 1e-2 * 255 / 2
+    learning_rate: float = 5e-7
+
+    def __call__(
+        self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
+    ) -> Trace:
+        groups = batches(canvases)
+        surrogate = copy.copy(surrogate)
+        surrogate.schedule = replace(surrogate.schedule, prediction="epsilon")
+
+        def perturb(embedding: Embedding) -> Iterable[float]:
+            objectives = [Official(surrogate, embedding, self.sdl_weight)] * len(groups)
+            centres = [canvas.delta.clone() for canvas in canvases]
+            options: Any = {"steps": self.steps, "step_size": self.step_size, "generator": generator}
+            for value in ascend(objectives, groups, Linf(self.budget), **options):
+                for canvas, centre in zip(canvases, centres, strict=True):
+                    canvas.delta.clamp_(centre - self.radius, centre + self.radius)
+                yield value
+
+        with tunable(surrogate, "full") as (weights, _):
+            fit_on: Any = {"weights": weights, "learning_rate": self.learning_rate, "perturb": perturb}
+            return self._alternate(groups, surrogate, generator, progress, fixed_latents=True, **fit_on)
+
+
+RECIPES: dict[str, Recipe] = {
+    "anti-diffusion": AntiDiffusion(),
+    "official": OfficialAntiDiffusion(),
+    "random-sign": RandomSign(),
+}
+
+PRESETS: dict[str, AntiDiffusion] = {
+    "quick": AntiDiffusion(rounds=1, prompt_steps=15, tuning_steps=10),
+    "strong": AntiDiffusion(rounds=11),
+}

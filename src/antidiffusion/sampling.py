@@ -1,0 +1,89 @@
+"""Draw with a surrogate: deterministic DDIM with classifier-free guidance.
+
+References:
+    Denoising Diffusion Implicit Models, Song et al., 2021, arXiv 2010.02502
+    Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.surrogate import Embedding, Surrogate, randn
+
+Report = Callable[[int, int], None]
+"""Called after every step with the steps done and the steps in all."""
+
+
+def silent(done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@torch.no_grad()
+def sample(
+    prompts: Sequence[str],
+    surrogate: Surrogate,
+    generator: Generator,
+    *,
+    steps: int = 25,
+    guidance: float = 7.5,
+    size: tuple[int, int] | None = None,
+    progress: Report = silent,
+) -> Tensor:
+    """Draw one picture for each prompt.
+
+    Arguments:
+        prompts: B texts.
+        surrogate: The model that draws.
+        generator: Source of the initial noise.
+        steps: DDIM steps.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        size: Height and width in pixels, multiples of `surrogate.multiple`; the model's own if None.
+        progress: Called after each step.
+
+    Returns:
+        Pictures `(B, 3, H, W)` float32 in [0, 1].
+    """
+    height, width = size or (surrogate.size, surrogate.size)
+    shape = (len(prompts), surrogate.vae.config.latent_channels, height // surrogate.factor, width // surrogate.factor)
+    z = randn(shape, generator, torch.empty(0, device=surrogate.device))
+    surrogate.scheduler.set_timesteps(steps, device=surrogate.device)
+    timesteps = surrogate.scheduler.timesteps
+    embedding = surrogate.embed(prompts)
+    return surrogate.decode(denoise(z, timesteps, embedding, surrogate, guidance=guidance, progress=progress))
+
+
+@torch.no_grad()
+def denoise(
+    z: Tensor,
+    timesteps: Tensor,
+    embedding: Embedding,
+    surrogate: Surrogate,
+    *,
+    guidance: float,
+    progress: Report = silent,
+) -> Tensor:
+    """Go from noisy latents down the given steps.
+
+    Arguments:
+        z: Latents `(B, C, h, w)` float32 at `timesteps[0]`.
+        timesteps: Steps of `surrogate.scheduler`, descending, `(S,)` int64, after its `set_timesteps`.
+        embedding: Of the prompts, batch 1 or B.
+        surrogate: The model.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        progress: Called after each step.
+
+    Returns:
+        Clean latents `(B, C, h, w)` float32.
+    """
+    empty = surrogate.embed([""]) if guidance != 1 else None
+    for done, t in enumerate(timesteps, 1):
+        step = t.expand(len(z))
+        output = surrogate.predict(z, step, embedding)
+        if empty is not None:
+            unguided = surrogate.predict(z, step, empty)
+            output = unguided + guidance * (output - unguided)
+        z = surrogate.scheduler.step(output, t, z).prev_sample
+        progress(done, len(timesteps))
+    return z

@@ -1,0 +1,42 @@
+"""Imports point one way: from the command line down to the weights (docs: the module's own docstrings)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import antidiffusion
+
+ROOT = Path(antidiffusion.__file__).parent
+# From the top down: a module imports only from layers below its own, or from its own.
+LAYERS = [
+    {"cli"},
+    {"batch", "demo"},
+    {"protect", "attacks", "sampling"},
+    {"metrics", "recipes"},
+    {"optimize", "tune"},
+    {"objectives"},
+    {"resolution", "attention"},
+    {"budget", "surrogate"},
+    {"loading"},
+    {"weights", "picture"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    names = {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[1] for name in names if name.startswith("antidiffusion.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert all(RANK[own] <= RANK[name] for name in imported(path)), (own, imported(path))
+
+
+def test_attacks_do_not_know_protections() -> None:
+    for path in (ROOT / "attacks").glob("*.py"):
+        assert not imported(path) & {"protect", "objectives", "recipes", "optimize"}, path

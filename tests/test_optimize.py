@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.budget import Linf
+from antidiffusion.optimize import ascend, batches, gradient, views
+from antidiffusion.resolution import Canvas
+
+TARGET = torch.rand(1, 3, 32, 32, generator=Generator().manual_seed(5))
+
+
+def closeness(x: Tensor, generator: Generator) -> Tensor:
+    return -(x - TARGET).square().sum((1, 2, 3))
+
+
+def noisy(x: Tensor, generator: Generator) -> Tensor:
+    return (x * torch.randn(x.shape, generator=generator)).sum((1, 2, 3))
+
+
+def canvas(seed: int, size: tuple[int, int] = (32, 32)) -> Canvas:
+    return Canvas(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8), size)
+
+
+def run(canvases: list[Canvas], objective=closeness, steps: int = 6) -> list[float]:
+    groups = batches(canvases)
+    options = {"steps": steps, "step_size": 1.0, "generator": Generator().manual_seed(0)}
+    return list(ascend([objective] * len(groups), groups, Linf(8), **options))
+
+
+def test_every_step_raises_a_smooth_objective() -> None:
+    picture = canvas(0)
+    values = run([picture], steps=9)
+    assert len(values) == 9 and all(later > earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert picture.delta.abs().max() == 8
+
+
+def test_the_value_is_the_mean_before_the_step() -> None:
+    pair = [canvas(0), canvas(1)]
+    expected = closeness(views(pair), Generator()).mean().item()
+    assert run(pair, steps=1) == [pytest.approx(expected)]
+
+
+def test_a_picture_does_not_depend_on_the_others_of_its_batch() -> None:
+    alone, pictures = canvas(1), [canvas(0), canvas(1), canvas(2)]
+    run([alone])
+    run(pictures)
+    assert torch.equal(alone.delta, pictures[1].delta)
+
+
+def test_the_gradient_is_the_sum_s_and_leaves_no_trace() -> None:
+    x = torch.rand(3, 3, 32, 32, generator=Generator().manual_seed(0))
+    slope, losses = gradient(closeness, x, Generator())
+    torch.testing.assert_close(slope, -2 * (x - TARGET))
+    assert losses.shape == (3,) and not losses.requires_grad and not x.requires_grad and x.grad is None
+
+
+def test_the_seed_decides() -> None:
+    first, second = canvas(0), canvas(0)
+    assert run([first], noisy) == run([second], noisy)
+    assert torch.equal(first.delta, second.delta)
+
+
+def test_batches_group_by_view_and_lose_nothing() -> None:
+    sizes = [(32, 32), (32, 64), (32, 32), (64, 32), (32, 64)]
+    pictures = [canvas(i, size) for i, size in enumerate(sizes)]
+    groups = batches(pictures)
+    assert [[c.size for c in group] for group in groups] == [[(32, 32)] * 2, [(32, 64)] * 2, [(64, 32)]]
+    assert {id(c) for group in groups for c in group} == {id(c) for c in pictures}
+    assert [views(group).shape for group in groups] == [(2, 3, 32, 32), (2, 3, 32, 64), (1, 3, 64, 32)]
+
+
+def test_several_groups_all_move() -> None:
+    pictures = [canvas(0), canvas(1, (32, 64))]
+    run(pictures, noisy)
+    assert all(c.delta.abs().max() > 0 for c in pictures)

@@ -1,0 +1,153 @@
+import copy
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.attention import coarsest_layers, cross_attention_layers, mean_map, record_attention
+from antidiffusion.objectives.semantic import SDL, DenoisingSemantic, Official, divergence, semantic, zero
+from antidiffusion.surrogate import Embedding, Surrogate
+
+TOKENS = 32
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def maps(seed: int = 0, sharpness: float = 2.0) -> Tensor:
+    return (sharpness * torch.randn(2, 16, TOKENS, generator=seeded(seed))).softmax(-1)
+
+
+def slope(objective, x: Tensor, seed: int = 0) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(objective(leaf, seeded(seed)).sum(), leaf)[0]
+
+
+@pytest.fixture
+def embedding(tiny: Surrogate) -> Embedding:
+    return tiny.embed(["a photo of a person"])
+
+
+MOVES = {  # what raising a variant does to the map
+    "zero": lambda now, before: now.square().mean() < before.square().mean() and now.amax(-1).mean() < before.amax(-1).mean(),
+    "semantic": lambda now, before: now[..., 0].mean() > before[..., 0].mean(),
+    "divergence": lambda now, before: (now - maps(1)).abs().sum() > (before - maps(1)).abs().sum(),
+}
+
+
+@pytest.mark.parametrize("name", SDL)
+def test_raising_a_variant_moves_the_mass_as_it_says(name: str) -> None:
+    logits = maps().log().requires_grad_()
+    value = SDL[name](logits.softmax(-1), maps(1))
+    assert value.shape == (2,)
+    (direction,) = torch.autograd.grad(value.sum(), logits)
+    now = (logits + 5 * direction).softmax(-1)
+    assert (SDL[name](now, maps(1)) > value).all() and MOVES[name](now, maps())
+
+
+def test_known_values() -> None:
+    uniform, peaked = torch.full((2, 16, TOKENS), 1 / TOKENS), torch.eye(TOKENS)[:16].expand(2, -1, -1)
+    torch.testing.assert_close(zero(uniform, None), torch.full((2,), -(TOKENS**-2.0)))
+    torch.testing.assert_close(zero(peaked, None), torch.full((2,), -1 / TOKENS))
+    torch.testing.assert_close(semantic(uniform, None), torch.full((2,), 1 / TOKENS))
+    torch.testing.assert_close(semantic(peaked, None), torch.full((2,), 1 / 16))
+    assert torch.equal(divergence(maps(), maps()), torch.zeros(2))
+    torch.testing.assert_close(divergence(peaked, peaked.roll(1, -1)), torch.ones(2))
+    with pytest.raises(ValueError, match=r"expected the clean picture's attention, got None; give"):
+        divergence(maps(), None)
+
+
+@pytest.mark.parametrize("name", SDL)
+def test_ascent_moves_the_surrogate_s_attention(tiny: Surrogate, x: Tensor, embedding: Embedding, name: str) -> None:
+    """Steps on the picture, at one draw of the noise, raise SDL."""
+
+    def disturbance(picture: Tensor) -> Tensor:
+        generator = seeded()
+        z = tiny.encode(picture, generator)
+        n, t = tiny.draw(z, generator)
+        recorded = []
+        for latent in (z, tiny.posterior(x).mean):
+            with record_attention(tiny.unet, coarsest_layers(tiny.unet)) as found:
+                tiny.denoising_loss(latent, n, t, embedding)
+            recorded.append(mean_map(found))
+        return SDL[name](*recorded)
+
+    objective = DenoisingSemantic(tiny, embedding, weight=1e3, sdl=name, clean=x)
+    moved = x.clone()
+    for _ in range(4):
+        moved = (moved + 2 / 255 * slope(objective, moved).sign()).clamp(0, 1)
+    with torch.no_grad():
+        assert (disturbance(moved) > disturbance(x)).all()
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+@pytest.mark.parametrize("name", SDL)
+def test_the_two_gradients_are_balanced_at_the_latent(
+    tiny: Surrogate, x: Tensor, embedding: Embedding, name: str, weight: float
+) -> None:
+    fixed = copy.copy(tiny)
+    z = tiny.encode(x, seeded(7)).detach()
+    fixed.encode = lambda latent, generator: latent
+    plain = slope(DenoisingSemantic(fixed, embedding, weight=0), z)
+    objective = DenoisingSemantic(fixed, embedding, weight=weight, sdl=name, clean=x)
+    both = slope(objective, z)
+    term, norm = (both - plain).flatten(1).norm(dim=1), plain.flatten(1).norm(dim=1)
+    torch.testing.assert_close(term, weight * norm, rtol=1e-3, atol=0)
+    ratio = objective.ratio
+    slope(objective, z, seed=1)
+    assert objective.ratio is ratio and ratio.shape == (2,)
+
+
+def test_weight_zero_is_the_denoising_loss(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    generator = seeded()
+    z = tiny.encode(x, generator)
+    expected = tiny.denoising_loss(z, *tiny.draw(z, generator), embedding)
+    assert torch.equal(DenoisingSemantic(tiny, embedding, weight=0)(x, seeded()), expected)
+    assert torch.equal(Official(tiny, embedding, weight=0)(x, seeded()), expected)
+    weighted = DenoisingSemantic(tiny, embedding, weight=1)(x, seeded())
+    assert (weighted > expected).all()
+
+
+def test_an_objective_is_deterministic_and_restores_the_unet(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    before = tiny.unet.attn_processors
+    first, second = (slope(DenoisingSemantic(tiny, embedding, sdl="divergence", clean=x), x) for _ in range(2))
+    assert torch.equal(first, second) and tiny.unet.attn_processors == before
+    assert all(parameter.grad is None for parameter in tiny.unet.parameters())
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 100.0])
+def test_official_gives_no_gradient_to_tokens_above_one_percent(
+    tiny: Surrogate, x: Tensor, embedding: Embedding, sharpness: float
+) -> None:
+    surrogate = copy.copy(tiny)
+    surrogate.unet = copy.deepcopy(tiny.unet)
+    for name, layer in surrogate.unet.named_modules():
+        if name.endswith("attn2.to_q"):
+            layer.weight.mul_(sharpness)  # 0: uniform maps, 3 % a token
+    plain, full = (Official(surrogate, embedding, weight, positions=16) for weight in (0.0, 1.0))
+    same = torch.equal(slope(plain, x), slope(full, x))
+    assert same == (sharpness == 0)
+    if same:
+        torch.testing.assert_close(plain(x, seeded()) - full(x, seeded()), torch.ones(2))
+
+
+def test_official_is_the_released_formula(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    generator = seeded()
+    z = tiny.encode(x, generator)
+    n, t = tiny.draw(z, generator)
+    with record_attention(tiny.unet, cross_attention_layers(tiny.unet)) as found:
+        output = tiny.predict(tiny.schedule.add_noise(z, n, t), t, embedding)
+    halves = [layer[:, layer.shape[1] // 2 :].mean(1) for layer in found if layer.shape[2] == 16]
+    term = (100 * torch.stack(halves).mean(0)).clamp(0, 1).square().mean((1, 2))
+    expected = (output - n).square().mean((1, 2, 3)) - 0.3 * term
+    torch.testing.assert_close(Official(tiny, embedding, 0.3, positions=16)(x, seeded()), expected)
+
+
+def test_official_aims_at_the_noise_whatever_is_predicted(surrogate: Surrogate, x: Tensor) -> None:
+    embedding, generator = surrogate.embed([""]), seeded()
+    z = surrogate.encode(x, generator)
+    n, t = surrogate.draw(z, generator)
+    answer = surrogate.predict(surrogate.schedule.add_noise(z, n, t), t, embedding)
+    value = Official(surrogate, embedding)(x, seeded())  # no layer has 16 x 16 positions at 64 pixels
+    torch.testing.assert_close(value, (answer - n).square().mean((1, 2, 3)))

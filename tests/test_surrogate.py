@@ -1,0 +1,210 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, Checkpoint, build_pipeline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antidiffusion.objectives.semantic import DenoisingSemantic
+from antidiffusion.surrogate import SUPPORTED, Embedding, NoiseSchedule, Surrogate
+
+WINDOW = 32
+ANGLES = torch.linspace(0.01, 1.55, 50)
+UNIT = torch.linspace(0.01, 0.99, 50)
+
+
+def schedule(prediction: str) -> NoiseSchedule:
+    if prediction == "flow_prediction":
+        return NoiseSchedule(1 - UNIT, UNIT, prediction)
+    return NoiseSchedule(ANGLES.cos(), ANGLES.sin(), prediction)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def width(surrogate: Surrogate) -> int:
+    return surrogate.unet.config.cross_attention_dim
+
+
+def test_both_layouts_hold_the_same_model(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
+    single = Surrogate.from_pretrained(str(checkpoint.file), config=str(checkpoint.folder))
+    assert single.sha256 == surrogate.sha256
+    assert single.size == surrogate.size == 64 and single.schedule.prediction == surrogate.schedule.prediction
+    z, t = normal(2, 4, 8, 8), torch.tensor([3, 800])
+    answers = [model.predict(z, t, model.embed(["a photo of a person"])) for model in (surrogate, single)]
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-5)  # the weights' place in memory moves the last bits
+
+
+def test_the_folder_holds_the_model_that_was_saved(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
+    pipeline = build_pipeline(checkpoint.name)
+    assert surrogate.schedule.prediction == ARCHITECTURES[checkpoint.name][2]
+    for module, name in zip(surrogate.modules, ("vae", "unet", "text_encoder", "text_encoder_2"), strict=False):
+        saved, loaded = getattr(pipeline, name).state_dict(), module.state_dict()
+        assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+    for model, value in pipeline.components.items():
+        if model.startswith("text_encoder"):
+            assert any(type(value) is type(module) for module in surrogate.text_encoders)
+
+
+def test_prompts_are_embedded_as_diffusers_does(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
+    prompts = ["a photo of a person", "", "person " * 200]
+    ours = surrogate.embed(prompts)
+    tokens, _, *rest = build_pipeline(checkpoint.name).encode_prompt(
+        prompts, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    assert ours.tokens.shape == (3, WINDOW, width(surrogate)) and not torch.equal(ours.tokens[0], ours.tokens[1])
+    torch.testing.assert_close(ours.tokens, tokens)
+    assert (ours.pooled is None) == (checkpoint.name != "sdxl")
+    if ours.pooled is not None:
+        assert ours.pooled.shape == (3, 64)
+        torch.testing.assert_close(ours.pooled, rest[0])
+    assert torch.equal(ours[1:2].tokens, ours.tokens[1:2])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 128), (192, 64)])
+def test_shapes(surrogate: Surrogate, generator: torch.Generator, height: int, width: int) -> None:
+    assert height % surrogate.multiple == 0 and surrogate.factor == 8
+    x = torch.rand(2, 3, height, width, generator=generator)
+    z = surrogate.encode(x, generator)
+    assert z.shape == (2, 4, height // 8, width // 8)
+    decoded = surrogate.decode(z)
+    assert decoded.shape == x.shape and 0 <= decoded.min() and decoded.max() <= 1 and not decoded.requires_grad
+    answer = surrogate.predict(z, torch.tensor([0, 999]), surrogate.embed([""]))
+    assert answer.shape == z.shape and answer.isfinite().all()
+    alone = surrogate.predict(z[1:], torch.tensor([999]), surrogate.embed([""]))
+    torch.testing.assert_close(answer[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_protection_step(checkpoint: Checkpoint, generator: torch.Generator, dtype: torch.dtype) -> None:
+    surrogate = Surrogate.from_pretrained(str(checkpoint.folder), dtype=dtype)
+    upcast = dtype == torch.float16 and checkpoint.name == "sdxl"
+    assert surrogate.dtype == dtype and {p.dtype for p in surrogate.unet.parameters()} == {dtype}
+    assert {p.dtype for p in surrogate.vae.parameters()} == {torch.float32 if upcast else dtype}
+    assert {p.dtype for encoder in surrogate.text_encoders for p in encoder.parameters()} == {dtype}
+    assert not any(p.requires_grad or module.training for module in surrogate.modules for p in module.parameters())
+    shape = (1, 3, 64, 64) if dtype == torch.float16 else (2, 3, 64, 128)  # float16 is slow on CPUs
+    x = torch.rand(shape, generator=generator).requires_grad_()
+    losses = DenoisingSemantic(surrogate, surrogate.embed([""]))(x, generator)
+    (slope,) = torch.autograd.grad(losses.sum(), x)
+    assert losses.shape == (len(x),) and losses.dtype == torch.float32 and losses.isfinite().all()
+    assert slope.isfinite().all() and (slope.flatten(1).norm(dim=1) > 0).all()
+    z = surrogate.encode(x.detach(), generator)
+    assert z.dtype == surrogate.decode(z).dtype == surrogate.embed(["a"]).tokens.dtype == torch.float32
+
+
+def test_half_precision_s_gradient_points_the_same_way(checkpoint: Checkpoint, x: torch.Tensor) -> None:
+    slopes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        surrogate = Surrogate.from_pretrained(str(checkpoint.folder), dtype=dtype)
+        leaf, generator = x.clone().requires_grad_(), torch.Generator().manual_seed(0)
+        loss = DenoisingSemantic(surrogate, surrogate.embed([""]), weight=0)(leaf, generator)
+        slopes.append(torch.autograd.grad(loss.sum(), leaf)[0].flatten())
+    assert torch.cosine_similarity(*slopes, dim=0) > 0.8
+
+
+@pytest.mark.parametrize("prediction", SUPPORTED)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_exact_target_gives_back_latent_and_noise(prediction: str, seed: int) -> None:
+    model = schedule(prediction)
+    z, n = normal(5, 4, 2, 3, seed=seed).double(), normal(5, 4, 2, 3, seed=seed + 1).double()
+    t = torch.randint(50, (5,), generator=torch.Generator().manual_seed(seed))
+    z_t, target = model.add_noise(z, n, t), model.target(z, n, t)
+    a, b = (table[t].double().view(-1, 1, 1, 1) for table in (model.signal, model.noise))
+    torch.testing.assert_close(z_t, a * z + b * n)
+    found = {
+        "epsilon": lambda: ((z_t - b * target) / a, target),
+        "v_prediction": lambda: (a * z_t - b * target, b * z_t + a * target),
+        "flow_prediction": lambda: (z_t - b * target, z_t + a * target),
+        "sample": lambda: (target, (z_t - a * target) / b),
+    }[prediction]()
+    torch.testing.assert_close(found, (z, n), rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_prediction_type_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a prediction type of epsilon, .*, got 'score'"):
+        schedule("score")
+
+
+def test_the_schedule_is_the_scheduler_s(surrogate: Surrogate) -> None:
+    z, n, t = normal(3, 4, 8, 8), normal(3, 4, 8, 8, seed=1), torch.tensor([0, 400, 999])
+    torch.testing.assert_close(surrogate.schedule.add_noise(z, n, t), surrogate.scheduler.add_noise(z, n, t))
+    velocity = replace(surrogate.schedule, prediction="v_prediction").target(z, n, t)
+    torch.testing.assert_close(velocity, surrogate.scheduler.get_velocity(z, n, t))
+
+
+@pytest.mark.parametrize("prediction", SUPPORTED)
+def test_the_loss_of_an_exact_answer_is_zero(tiny: Surrogate, prediction: str, generator: torch.Generator) -> None:
+    exact = copy.copy(tiny)
+    exact.schedule = replace(tiny.schedule, prediction=prediction)
+    z = normal(2, 4, 8, 8)
+    n, t = exact.draw(z, generator)
+    asked = []
+    exact.predict = lambda z_t, t, embedding: asked.append(z_t) or exact.schedule.target(z, n, t)
+    assert torch.equal(exact.denoising_loss(z, n, t, tiny.embed([""])), torch.zeros(2))
+    assert torch.equal(asked[0], exact.schedule.add_noise(z, n, t))
+    exact.predict = lambda z_t, t, embedding: exact.schedule.target(z, n, t) + torch.tensor([1, 2]).view(2, 1, 1, 1)
+    torch.testing.assert_close(exact.denoising_loss(z, n, t, tiny.embed([""])), torch.tensor([1.0, 4.0]))
+
+
+def test_draws_follow_the_generator(tiny: Surrogate) -> None:
+    z = torch.zeros(4000, 1, 1, 1)
+    (n, t), again, other = (tiny.draw(z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(n, again[0]) and torch.equal(t, again[1]) and not torch.equal(t, other[1])
+    assert t.dtype == torch.int64 and 0 <= t.min() < 10 and 990 <= t.max() < 1000
+    assert abs(n.mean()) < 0.1 and abs(n.std() - 1) < 0.05
+
+
+def test_latents_are_scaled_posterior_samples(tiny: Surrogate, x: torch.Tensor, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        distribution, posterior = tiny.vae.encode(2 * x - 1).latent_dist, tiny.posterior(x)
+        z = torch.stack([tiny.encode(x, generator) for _ in range(50)])
+    factor = tiny.vae.config.scaling_factor
+    torch.testing.assert_close(posterior.mean, factor * distribution.mean)
+    torch.testing.assert_close(posterior.std, factor * distribution.std)
+    deviations = (z - posterior.mean) / posterior.std
+    assert abs(deviations.mean()) < 0.02 and abs(deviations.std() - 1) < 0.02
+
+
+def test_the_mini_model_gives_a_picture_back(mini: Surrogate, pixels, generator: torch.Generator) -> None:
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    x = torch.nn.functional.interpolate(x, (128, 192), mode="bicubic").clamp(0, 1)
+    assert (mini.decode(mini.encode(x, generator)) - x).square().mean() < x.var() / 3
+    assert mini.size == 128 and mini.multiple == 32 and mini.learning_rate == 5e-5
+
+
+def test_the_hash_tells_models_and_precisions_apart(mini: Surrogate, tiny: Surrogate, sd15: Checkpoint) -> None:
+    changed = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    assert changed.sha256 == tiny.sha256
+    nudged = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    nudged.unet.conv_in.bias[0] += 1e-3
+    half = Surrogate.from_pretrained(str(sd15.folder), dtype=torch.bfloat16)
+    assert len({mini.sha256, tiny.sha256, nudged.sha256, half.sha256}) == 4
+
+
+def test_checkpointing_changes_memory_only(tiny: Surrogate, x: torch.Tensor) -> None:
+    def slope() -> torch.Tensor:
+        leaf, generator = x.clone().requires_grad_(), torch.Generator().manual_seed(0)
+        loss = DenoisingSemantic(tiny, tiny.embed([""]))(leaf, generator)
+        return torch.autograd.grad(loss.sum(), leaf)[0]
+
+    expected, kept = slope(), []
+    with tiny.checkpointing(), torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+        assert tiny.unet.is_gradient_checkpointing
+        torch.testing.assert_close(slope(), expected)
+    with tiny.checkpointing(False):
+        assert not tiny.unet.is_gradient_checkpointing
+    with pytest.raises(RuntimeError, match="stop"), tiny.checkpointing():
+        raise RuntimeError("stop")
+    assert not tiny.unet.is_gradient_checkpointing and not tiny.vae.is_gradient_checkpointing
+
+
+def test_a_tuned_embedding_reaches_the_answer(surrogate: Surrogate) -> None:
+    embedding = surrogate.embed([""])
+    tokens = embedding.tokens.requires_grad_()
+    answer = surrogate.predict(normal(2, 4, 8, 8), torch.tensor([3, 800]), Embedding(tokens, embedding.pooled))
+    (slope,) = torch.autograd.grad(answer.square().sum(), tokens)
+    assert slope.shape == (1, WINDOW, width(surrogate)) and slope.norm() > 0
