@@ -4,7 +4,7 @@
 
 Every recipe protects the same held-out portraits, in one run. Per recipe, on the rounded pixels:
 the denoising loss of the untouched model at fresh noise with held-out prompts, over the clean picture's and over the
-random-sign control's; the cross-attention mass moved; the similarity of SDEdit's result to the clean picture's edit; and
+random-sign control's; the cross-attention mass moved; the similarity of SDEdit's result to the clean picture's;
 seconds. Ratios are means over pictures of the picture's own ratio, with the standard error.
 """
 
@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from antidiffusion import Picture, Surrogate, protect
 from antidiffusion.attacks.sdedit import sdedit
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.protect import versions
+from antidiffusion.protection import versions
 from antidiffusion.recipes import PRESETS, RECIPES, AntiDiffusion, Recipe
 from antidiffusion.surrogate import randn
 

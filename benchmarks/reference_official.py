@@ -1,8 +1,8 @@
 """The released Anti-Diffusion procedure, written plainly and apart from the package: what `official` is held against.
 
-It imports nothing of `antidiffusion`. Stock diffusers modules, torch's global generator, images in [-1, 1], naive softmax
-attention all over the UNet, every weight of the UNet and the autoencoder differentiated at every step, a deep copy of the
-models first. It is as slow as the released code on purpose: it is also what the speed benchmark compares with.
+It imports nothing of `antidiffusion`. Stock diffusers modules, torch's global generator, images in [-1, 1], naive
+softmax attention all over the UNet, every weight of the UNet and the autoencoder differentiated at every step, a deep
+copy of the models first. It is as slow as the released code on purpose: the speed benchmark compares with it, too.
 
 References:
     Anti-Diffusion: Preventing Abuse of Modifications of Diffusion-Based Models, AAAI 2025, arXiv 2503.05595
@@ -105,7 +105,7 @@ def tune_prompt(vae: Any, unet: Any, scheduler: Any, image: Tensor, embedding: T
 
 
 def image_gradient(vae: Any, unet: Any, scheduler: Any, image: Tensor, embedding: Tensor) -> Tensor:
-    """Return the gradient of L_ldm minus the attention loss; the weights' gradients are computed with it and dropped."""
+    """Return the gradient of L_ldm minus the attention loss; the weights' gradients are computed too, and dropped."""
     image = image.detach().clone().requires_grad_()
     latents = encode(vae, image)
     noise, t = draw(latents, scheduler)

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from sd_layout import original_state, rename
 
 import antidiffusion.weights
 from antidiffusion.surrogate import Surrogate
+
+settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.load_profile("tests")
 
 TOKENIZER = Path(antidiffusion.weights.__file__).parent / "mini" / "model" / "tokenizer"
 VERSION_1 = {  # UNet2DConditionModel's defaults are Stable Diffusion 1.x
@@ -189,7 +193,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, blocked)
     monkeypatch.setattr(socket, "getaddrinfo", blocked)
     fetching = {"hf_hub_download", "model_info", "list_repo_files", "list_repo_tree", "file_exists", "repo_info"}
-    for module in [m for n, m in sys.modules.items() if n.split(".")[0] in ("huggingface_hub", "diffusers", "transformers")]:
+    libraries = ("huggingface_hub", "diffusers", "transformers")
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] in libraries]:
         for name in fetching & vars(module).keys():
             monkeypatch.setattr(module, name, blocked)
     assert huggingface_hub.hf_hub_download is blocked

@@ -84,6 +84,6 @@ def test_errors_name_the_remedy(tiny: Surrogate) -> None:
     with pytest.raises(ValueError, match=r"expected at least one attention map, got none; name layers"):
         mean_map([])
     selves = [name for name in tiny.unet.attn_processors if ".attn1." in name]
-    with pytest.raises(ValueError, match=r"got self-attention; record layers named attn2"):
-        with record_attention(tiny.unet, selves):
-            forward(tiny)
+    named = pytest.raises(ValueError, match=r"got self-attention; record layers named attn2")
+    with named, record_attention(tiny.unet, selves):
+        forward(tiny)

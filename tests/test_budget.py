@@ -24,7 +24,7 @@ def test_projection_is_inside_and_idempotent(pair: tuple[torch.Tensor, torch.Ten
     projected = Linf(radius).project_(delta, clean)
     assert projected is delta
     assert delta.abs().max() <= np.float32(radius)
-    assert 0 <= (clean + delta).min() and (clean + delta).max() <= 255
+    assert (clean + delta).min() >= 0 and (clean + delta).max() <= 255
     assert torch.equal(Linf(radius).project_(delta.clone(), clean), delta)
     inside = (before.abs() <= radius) & (clean + before >= 0) & (clean + before <= 255)
     assert torch.equal(delta[inside], before[inside])

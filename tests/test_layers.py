@@ -12,7 +12,7 @@ ROOT = Path(antidiffusion.__file__).parent
 LAYERS = [
     {"cli"},
     {"batch", "demo"},
-    {"protect", "attacks", "sampling"},
+    {"protection", "attacks", "sampling"},
     {"metrics", "recipes"},
     {"optimize", "tune"},
     {"objectives"},
@@ -39,4 +39,4 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_attacks_do_not_know_protections() -> None:
     for path in (ROOT / "attacks").glob("*.py"):
-        assert not imported(path) & {"protect", "objectives", "recipes", "optimize"}, path
+        assert not imported(path) & {"protection", "objectives", "recipes", "optimize"}, path

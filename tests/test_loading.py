@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import Checkpoint
 from safetensors.torch import load_file, save_file
+from test_weights import SENTENCE
 
 from antidiffusion.surrogate import Surrogate
 from antidiffusion.weights import WeightsError
-from test_weights import SENTENCE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -22,6 +22,11 @@ def folder(sd15: Checkpoint, tmp_path: Path) -> Path:
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickle(path: Path) -> None:
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -38,7 +43,7 @@ DAMAGE = {
     "no text encoder": lambda f: shutil.rmtree(f / "text_encoder"),
     "no tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
     "no scheduler": lambda f: shutil.rmtree(f / "scheduler"),
-    "pickled unet": lambda f: (f / "unet" / WEIGHTS).rename(f / "unet" / "diffusion_pytorch_model.bin"),
+    "pickled unet": lambda f: pickle(f / "unet" / WEIGHTS),
     "half a configuration": lambda f: cut(f / "unet" / "config.json"),
     "wrong shapes": lambda f: edit(f / "unet" / "config.json", cross_attention_dim=48),
     "half an index": lambda f: cut(f / "model_index.json"),
@@ -98,7 +103,7 @@ def test_an_inpainting_model(folder: Path) -> None:
     state["conv_in.weight"] = torch.randn(32, 9, 3, 3)
     save_file(state, folder / "unet" / WEIGHTS, {"format": "pt"})
     edit(folder / "unet" / "config.json", in_channels=9)
-    with pytest.raises(WeightsError, match=r"^expected a text-to-image UNet, got one with 9 input channels; name the base"):
+    with pytest.raises(WeightsError, match=r"^expected a text-to-image UNet, got one with 9 input .*; name the base"):
         Surrogate.from_pretrained(str(folder))
 
 
@@ -121,7 +126,9 @@ def test_a_sampler_never_clips_latents(surrogate: Surrogate) -> None:
     assert surrogate.scheduler.config.clip_sample is False and surrogate.scheduler.config.steps_offset == 1
 
 
-def test_the_card_sets_the_learning_rate(folder: Path) -> None:
-    assert Surrogate.from_pretrained(str(folder)).learning_rate == 5e-7
-    (folder / "antidiffusion.json").write_text('{"learning_rate": 1e-5}')
-    assert Surrogate.from_pretrained(str(folder)).learning_rate == 1e-5
+def test_the_card_sets_the_learning_rates(folder: Path) -> None:
+    stock = Surrogate.from_pretrained(str(folder))
+    assert (stock.learning_rate, stock.lora_learning_rate) == (5e-7, 1e-4)
+    (folder / "antidiffusion.json").write_text('{"learning_rate": 1e-5, "lora_learning_rate": 1e-3}')
+    other = Surrogate.from_pretrained(str(folder))
+    assert (other.learning_rate, other.lora_learning_rate) == (1e-5, 1e-3)

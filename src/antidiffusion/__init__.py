@@ -8,11 +8,11 @@ __all__ = ["RECIPES", "Picture", "Surrogate", "__version__", "protect"]
 
 if TYPE_CHECKING:
     from antidiffusion.picture import Picture
-    from antidiffusion.protect import protect
+    from antidiffusion.protection import protect
     from antidiffusion.recipes import RECIPES
     from antidiffusion.surrogate import Surrogate
 
-_HOMES = {"RECIPES": "recipes", "Picture": "picture", "Surrogate": "surrogate", "protect": "protect"}
+_HOMES = {"RECIPES": "recipes", "Picture": "picture", "Surrogate": "surrogate", "protect": "protection"}
 
 
 def __getattr__(name: str) -> Any:

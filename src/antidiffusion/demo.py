@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.sdedit import sdedit
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.picture import Picture
-from antidiffusion.protect import protect
+from antidiffusion.picture import Bytes, Picture
+from antidiffusion.protection import protect
 from antidiffusion.recipes import Progress, RandomSign, Recipe
 from antidiffusion.surrogate import Surrogate
 
@@ -70,11 +70,11 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
         for name, picture in versions.items():
             generator = Generator().manual_seed(seed)
             options: Any = {"strength": STRENGTH, "guidance": GUIDANCE}
-            edits[name] = sdedit(picture.tensor(), PROMPT, surrogate, generator, **options)
+            edits[name] = _picture(sdedit(picture.tensor(), PROMPT, surrogate, generator, **options))
             named(f"editing, {name}", 1, 1)
         stem = Path(str(path)).stem
         for name, edit in edits.items():
-            _image(edit).save(output / f"{stem}-{name.replace(' ', '-')}-edited.png")
+            edit.write(output / f"{stem}-{name.replace(' ', '-')}-edited.png", overwrite=True)
         card = protected.save(output / f"{stem}-protected.png", overwrite=True)
         shown = [_shown(name, versions[name], original, edits) for name in VERSIONS]
         people.append({"shown": shown, "curves": _curves(protected.losses), "card": json.dumps(card, indent=2)})
@@ -84,32 +84,32 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
     settings = {"prompt": PROMPT, "strength": STRENGTH, "magnify": MAGNIFY, "budget": f"{recipe.budget:g}"}
     page = output / "index.html"
     partial = page.with_suffix(".part")
-    partial.write_text(environment.get_template("demo.html").render(people=people, **settings))
+    partial.write_text(environment.get_template("demo.html").render(people=people, **settings), encoding="utf-8")
     partial.replace(page)
     return page
 
 
-def _shown(name: str, picture: Picture, original: Picture, edits: Mapping[str, Tensor]) -> Shown:
+def _shown(name: str, picture: Picture, original: Picture, edits: Mapping[str, Picture]) -> Shown:
     difference = picture.pixels.astype(np.int16) - original.pixels
     magnified = np.clip(128 + MAGNIFY * difference, 0, 255).astype(np.uint8)
     return Shown(
         name=name,
-        picture=_embed(Image.fromarray(picture.pixels)),
-        perturbation=_embed(Image.fromarray(magnified)),
-        edit=_embed(_image(edits[name])),
+        picture=_embed(picture.pixels),
+        perturbation=_embed(magnified),
+        edit=_embed(edits[name].pixels),
         linf=int(np.abs(difference).max()),
         psnr=psnr(picture.tensor(), original.tensor()).item(),
-        edit_ssim=ssim(edits[name], edits["clean"]).item(),
+        edit_ssim=ssim(edits[name].tensor(), edits["clean"].tensor()).item(),
     )
 
 
-def _image(x: Tensor) -> Image.Image:
-    return Image.fromarray((x[0].permute(1, 2, 0) * 255).round().byte().numpy())
+def _picture(x: Tensor) -> Picture:
+    return Picture((x[0].permute(1, 2, 0) * 255).round().byte().numpy())
 
 
-def _embed(image: Image.Image) -> str:
+def _embed(pixels: Bytes) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from antidiffusion.weights import Location, WeightsError
 
-# The embedded model has a hundredth of Stable Diffusion's weights and takes larger steps: benchmarks/README.md.
+# Arguments of `Surrogate` that differ from Stable Diffusion's: the embedded model has a hundredth of its weights.
 CARD = "antidiffusion.json"
 
 
@@ -51,7 +51,7 @@ def load_parts(location: Location, dtype: torch.dtype) -> dict[str, Any]:
         )
     card = location.folder / CARD
     if card.is_file():
-        parts["learning_rate"] = json.loads(card.read_text())["learning_rate"]
+        parts |= json.loads(card.read_text())
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     parts["size"] = int(parts["unet"].config.sample_size) * factor
     return parts
@@ -71,9 +71,9 @@ def _text_encoders(index: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(transformers, index[name][1]) for name in names}
 
 
-def _vae_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
-    # SDXL's autoencoder overflows in float16 and says so in its configuration.
-    return torch.float32 if dtype == torch.float16 and getattr(config, "force_upcast", False) else dtype
+def _safe(vae: Any, dtype: torch.dtype) -> Any:
+    """Return the autoencoder in a dtype it works in: `force_upcast` says that float16 overflows."""
+    return vae.float() if dtype == torch.float16 and getattr(vae.config, "force_upcast", False) else vae
 
 
 def _from_folder(location: Location, dtype: torch.dtype, index: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _from_folder(location: Location, dtype: torch.dtype, index: dict[str, Any]) 
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **options)
     return {
-        "vae": vae.to(_vae_dtype(vae.config, dtype)),
+        "vae": _safe(vae, dtype),
         "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **options),
         "text_encoders": [
             _complete(kind.from_pretrained(folder, subfolder=name, dtype=dtype, output_loading_info=True, **options))
@@ -115,7 +115,7 @@ def _from_file(location: Location, dtype: torch.dtype, index: dict[str, Any]) ->
         feature_extractor=None,
     )
     return {
-        "vae": pipeline.vae.to(_vae_dtype(pipeline.vae.config, dtype)),
+        "vae": _safe(pipeline.vae, dtype),
         "unet": pipeline.unet,
         "text_encoders": [getattr(pipeline, name) for name in encoders],
         "tokenizers": _tokenizers(location, index),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from antidiffusion.objectives.semantic import DenoisingSemantic, Official
 from antidiffusion.optimize import ascend, batches, views
 from antidiffusion.resolution import Canvas
 from antidiffusion.surrogate import Embedding, Posterior, Surrogate
-from antidiffusion.tune import Sampler, constant, denoising, fit, tunable
+from antidiffusion.tune import Loss, constant, denoising, fit, tunable
 
 Progress = Callable[[str, int, int], None]
 """Called after every step with the stage's name, the steps done and the steps of the whole run."""
@@ -113,30 +114,32 @@ class Alternation:
         generator: Generator,
         progress: Progress,
         *,
+        embedding: Embedding,
         weights: Sequence[Tensor],
         learning_rate: float,
-        perturb: Callable[[Embedding], Iterable[float]],
-        fixed_latents: bool = False,
+        perturb: Callable[[], Iterable[float]],
+        prompt_loss: Callable[[], Loss] | None = None,
     ) -> Trace:
         prompts = max(1, self.rounds)  # the last embedding would not be used
         total = self.steps * (1 + self.rounds) + self.prompt_steps * prompts + self.tuning_steps * self.rounds
-        trace, embedding = Trace(total, progress), surrogate.embed([""])
-        prompt = (PROMPT, [embedding.tokens], self.prompt_steps, self.prompt_learning_rate, fixed_latents)
+        trace = Trace(total, progress)
 
-        def tune(stage: str, parameters: Sequence[Tensor], steps: int, learning_rate: float, fixed: bool) -> None:
-            samplers: list[Sampler] = [posterior.sample for posterior in posteriors(groups, surrogate)]
-            if fixed:
-                samplers = [constant(sampler(generator)) for sampler in samplers]
-            loss = denoising(surrogate, samplers, embedding)
-            trace.run(stage, fit(parameters, loss, steps=steps, learning_rate=learning_rate, generator=generator))
+        def loss() -> Loss:
+            samplers = [posterior.sample for posterior in posteriors(groups, surrogate)]
+            return denoising(surrogate, samplers, embedding)
 
-        tune(*prompt)
-        trace.run(PERTURBATION, perturb(embedding))
+        def tune_prompt() -> None:
+            options: Any = {"steps": self.prompt_steps, "learning_rate": self.prompt_learning_rate}
+            trace.run(PROMPT, fit([embedding.tokens], (prompt_loss or loss)(), generator=generator, **options))
+
+        tune_prompt()
+        trace.run(PERTURBATION, perturb())
         for left in reversed(range(self.rounds)):
-            tune(TUNING, weights, self.tuning_steps, learning_rate, False)
-            trace.run(PERTURBATION, perturb(embedding))
+            options: Any = {"steps": self.tuning_steps, "learning_rate": learning_rate}
+            trace.run(TUNING, fit(weights, loss(), generator=generator, **options))
+            trace.run(PERTURBATION, perturb())
             if left:
-                tune(*prompt)
+                tune_prompt()
         return trace
 
 
@@ -147,27 +150,32 @@ class AntiDiffusion(Alternation):
     Arguments:
         tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
-        checkpointing: Recompute activations instead of keeping them: less memory, more time.
+        low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
     """
 
     tuning: str = "auto"
     sdl: str = "semantic"
-    checkpointing: bool = False
+    low_memory: bool = False
 
     def __call__(
         self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
     ) -> Trace:
         groups = batches(canvases)
-        clean = [views(group) for group in groups]
+        embedding = surrogate.embed([""])
+        objectives = [
+            DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, views(group)) for group in groups
+        ]
 
-        def perturb(embedding: Embedding) -> Iterable[float]:
-            objectives = [DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, x) for x in clean]
+        def perturb() -> Iterable[float]:
             options: Any = {"steps": self.steps, "step_size": self.step_size, "generator": generator}
             return ascend(objectives, groups, Linf(self.budget), **options)
 
-        with surrogate.checkpointing(self.checkpointing), tunable(surrogate, self.tuning) as (weights, learning_rate):
-            fit_on: Any = {"weights": weights, "learning_rate": learning_rate, "perturb": perturb}
-            return self._alternate(groups, surrogate, generator, progress, **fit_on)
+        with (
+            surrogate.low_memory() if self.low_memory else nullcontext(),
+            tunable(surrogate, self.tuning) as (weights, learning_rate),
+        ):
+            options: Any = {"embedding": embedding, "weights": weights, "learning_rate": learning_rate}
+            return self._alternate(groups, surrogate, generator, progress, perturb=perturb, **options)
 
 
 @dataclass(frozen=True)
@@ -175,8 +183,8 @@ class OfficialAntiDiffusion(Alternation):
     """The released code's procedure, quirks included, at its demo settings; to compare with, not to protect with.
 
     It recentres a ball of `radius` on the current picture in every round, so that the total may reach
-    `(1 + rounds) * min(steps * step_size, radius)`, which `budget` then cuts. It aims prompt tuning at one posterior
-    sample, takes the noise for the target whatever the model predicts, and its attention term gives no gradient to
+    `(1 + rounds) * min(steps * step_size, radius)`, which `budget` then cuts. Its prompt tuning uses one posterior
+    sample and takes the noise for the target whatever the model predicts, and its attention term gives no gradient to
     tokens that hold more than 1 % of the mass.
 
     Arguments:
@@ -193,11 +201,16 @@ class OfficialAntiDiffusion(Alternation):
         self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
     ) -> Trace:
         groups = batches(canvases)
-        surrogate = copy.copy(surrogate)
-        surrogate.schedule = replace(surrogate.schedule, prediction="epsilon")
+        embedding = surrogate.embed([""])
+        objectives = [Official(surrogate, embedding, self.sdl_weight)] * len(groups)
+        noise_target = copy.copy(surrogate)
+        noise_target.schedule = replace(surrogate.schedule, prediction="epsilon")
 
-        def perturb(embedding: Embedding) -> Iterable[float]:
-            objectives = [Official(surrogate, embedding, self.sdl_weight)] * len(groups)
+        def prompt_loss() -> Loss:
+            samplers = [constant(posterior.sample(generator)) for posterior in posteriors(groups, surrogate)]
+            return denoising(noise_target, samplers, embedding)
+
+        def perturb() -> Iterable[float]:
             centres = [canvas.delta.clone() for canvas in canvases]
             options: Any = {"steps": self.steps, "step_size": self.step_size, "generator": generator}
             for value in ascend(objectives, groups, Linf(self.budget), **options):
@@ -206,8 +219,9 @@ class OfficialAntiDiffusion(Alternation):
                 yield value
 
         with tunable(surrogate, "full") as (weights, _):
-            fit_on: Any = {"weights": weights, "learning_rate": self.learning_rate, "perturb": perturb}
-            return self._alternate(groups, surrogate, generator, progress, fixed_latents=True, **fit_on)
+            hooks: Any = {"perturb": perturb, "prompt_loss": prompt_loss}
+            options: Any = {"embedding": embedding, "weights": weights, "learning_rate": self.learning_rate}
+            return self._alternate(groups, surrogate, generator, progress, **options, **hooks)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -44,14 +44,34 @@ def sample(
 
     Returns:
         Pictures `(B, 3, H, W)` float32 in [0, 1].
+
+    Raises:
+        ValueError: If the model cannot draw that size.
     """
     height, width = size or (surrogate.size, surrogate.size)
+    check_size(height, width, surrogate)
     shape = (len(prompts), surrogate.vae.config.latent_channels, height // surrogate.factor, width // surrogate.factor)
     z = randn(shape, generator, torch.empty(0, device=surrogate.device))
     surrogate.scheduler.set_timesteps(steps, device=surrogate.device)
     timesteps = surrogate.scheduler.timesteps
     embedding = surrogate.embed(prompts)
     return surrogate.decode(denoise(z, timesteps, embedding, surrogate, guidance=guidance, progress=progress))
+
+
+def check_size(height: int, width: int, surrogate: Surrogate) -> None:
+    """Raise ValueError unless both sides in pixels are whole multiples of the surrogate's."""
+    if min(height, width) < 1 or height % surrogate.multiple or width % surrogate.multiple:
+        raise ValueError(
+            f"expected sides that are multiples of {surrogate.multiple}, got {width} x {height}; resize or crop first"
+        )
+
+
+def unconditional(surrogate: Surrogate) -> Embedding:
+    """Return what guidance leads away from, batch 1: the empty prompt, or zeros for SDXL, as in diffusers."""
+    empty = surrogate.embed([""])
+    if empty.pooled is None:
+        return empty
+    return Embedding(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
 
 @torch.no_grad()
@@ -77,7 +97,7 @@ def denoise(
     Returns:
         Clean latents `(B, C, h, w)` float32.
     """
-    empty = surrogate.embed([""]) if guidance != 1 else None
+    empty = unconditional(surrogate) if guidance != 1 else None
     for done, t in enumerate(timesteps, 1):
         step = t.expand(len(z))
         output = surrogate.predict(z, step, embedding)

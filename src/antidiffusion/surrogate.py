@@ -1,7 +1,9 @@
 """The latent diffusion model that stands in for the attacker's, and the few things every stage asks of it."""
 
+import errno
 import hashlib
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,6 +98,31 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generator, like: Tenso
     return torch.randn(shape, generator=generator, device=generator.device).to(like)
 
 
+@contextmanager
+def saved(tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor]]]:
+    """Keep a copy of tensors in a temporary file inside the block, where memory is dearer than disk.
+
+    Returns:
+        Function that reads the copies back.
+
+    Raises:
+        OSError: If the disk of temporary files is full.
+    """
+    with tempfile.TemporaryFile(prefix="antidiffusion-") as file:
+        try:
+            torch.save(list(tensors), file)
+        except RuntimeError as error:  # torch's word for a failed write
+            raise OSError(
+                errno.ENOSPC, f"no room for a copy of {len(tensors)} weights; set TMPDIR", tempfile.gettempdir()
+            ) from error
+
+        def load() -> list[Tensor]:
+            file.seek(0)
+            return torch.load(file, weights_only=True)
+
+        yield load
+
+
 @dataclass
 class Surrogate:
     """A latent diffusion model with frozen weights.
@@ -106,7 +133,8 @@ class Surrogate:
         text_encoders, tokenizers: One of each, or two for SDXL.
         scheduler: diffusers' DDIMScheduler with the model's noise schedule; attacks sample with it.
         size: Side in pixels of the square that the model was trained on.
-        learning_rate: AdamW step size at which surrogate tuning follows a DreamBooth run.
+        learning_rate, lora_learning_rate: AdamW step sizes of surrogate tuning, full and LoRA; the defaults are the
+            paper's and that of diffusers' DreamBooth LoRA script.
     """
 
     name: str
@@ -117,6 +145,7 @@ class Surrogate:
     scheduler: Any
     size: int
     learning_rate: float = 5e-7
+    lora_learning_rate: float = 1e-4
     schedule: NoiseSchedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -250,14 +279,24 @@ class Surrogate:
         return (output - self.schedule.target(z, n, t)).square().mean((1, 2, 3))
 
     @contextmanager
-    def checkpointing(self, enabled: bool = True) -> Iterator[None]:
-        """Recompute activations in the backward pass inside the block: about half the memory, a third more work."""
-        if enabled:
-            for module in (self.unet, self.vae):
-                module.enable_gradient_checkpointing()
+    def low_memory(self) -> Iterator[None]:
+        """Protect with less memory and more time inside the block.
+
+        Activations are recomputed in the backward pass, and the text encoders and the decoder, which no stage needs,
+        are on disk: `embed` and `decode` do not work here.
+        """
+        parked = [p for module in (*self.text_encoders, self.vae.decoder) for p in module.parameters()]
+        for module in (self.unet, self.vae):
+            module.enable_gradient_checkpointing()
         try:
-            yield
+            with saved([parameter.data for parameter in parked]) as load:
+                for parameter in parked:
+                    parameter.data = parameter.data[:0].clone()
+                try:
+                    yield
+                finally:
+                    for parameter, data in zip(parked, load(), strict=True):
+                        parameter.data = data
         finally:
-            if enabled:
-                for module in (self.unet, self.vae):
-                    module.disable_gradient_checkpointing()
+            for module in (self.unet, self.vae):
+                module.disable_gradient_checkpointing()

@@ -5,19 +5,16 @@ References:
     LoRA, Hu et al., 2022, arXiv 2106.09685
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.surrogate import Embedding, Surrogate, saved
 
 LORA_RANK = 8
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # what diffusers' DreamBooth LoRA script adapts
-LORA_FACTOR = 200  # its learning rate over full tuning's: 1e-4 against 5e-7 in diffusers' scripts
 
 Loss = Callable[[Generator], Tensor]
 Sampler = Callable[[Generator], Tensor]  # draws latents (B, C, h, w), for example Posterior.sample
@@ -111,13 +108,13 @@ def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
             raise ValueError(
                 f"expected float32 weights for full tuning, got {surrogate.dtype}; use float32 or LoRA tuning"
             )
-        with tempfile.TemporaryDirectory(prefix="antidiffusion-") as folder:
-            snapshot = Path(folder) / "unet.pt"
-            torch.save(unet.state_dict(), snapshot)
+        parameters = list(unet.parameters())
+        with saved([parameter.data for parameter in parameters]) as load:
             try:
-                yield list(unet.parameters()), surrogate.learning_rate
+                yield parameters, surrogate.learning_rate
             finally:
-                unet.load_state_dict(torch.load(snapshot, weights_only=True, mmap=True))
+                for parameter, data in zip(parameters, load(), strict=True):
+                    parameter.data.copy_(data)
     elif method == "lora":
         from peft import LoraConfig
 
@@ -128,7 +125,7 @@ def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
         for parameter in adapters:
             parameter.data = parameter.data.float()
         try:
-            yield adapters, surrogate.learning_rate * LORA_FACTOR
+            yield adapters, surrogate.lora_learning_rate
         finally:
             unet.unload_lora()
             unet.requires_grad_(False)

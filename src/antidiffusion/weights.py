@@ -54,7 +54,7 @@ def locate(model: str, *, config: str | None = None, offline: bool = False) -> L
         if path.suffix != ".safetensors":
             raise WeightsError(f"expected a .safetensors file, got {model}; convert it or give a diffusers folder")
         return Location(_configuration(path, config, offline), path)
-    if path.suffix or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if path.suffix == ".safetensors" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise WeightsError(
             f"expected 'mini', a folder, a .safetensors file or a hub id like owner/name, got {model!r}, "
             "which does not exist on this machine; check the spelling"
@@ -89,8 +89,8 @@ def _stock_configuration(file: Path) -> str:
         raise WeightsError(f"expected complete weights, got {file}: {error}; download the model again") from error
     if infer_diffusers_model_type(checkpoint) == "v2":
         raise WeightsError(
-            f"expected a configuration beside a Stable Diffusion 2.x file, got {file} alone, which does not say whether "
-            "the model predicts noise (2.1-base) or velocity (2.1); name its folder or hub id with --model-config"
+            f"expected a Stable Diffusion 2.x file with its configuration, got {file} alone, which does not say if the "
+            "model predicts noise (2.1-base) or velocity (2.1); name its folder or hub id with --model-config"
         )
     return fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
 

@@ -116,7 +116,7 @@ def background_phrase(scene: Scene, random: Random) -> str:
 
 
 def caption(identity: Identity, scene: Scene, seed: int) -> str:
-    """Describe a picture in at most 33 words.
+    """Describe a picture in at most 34 words.
 
     Arguments:
         identity: Who is in the picture.

@@ -1,6 +1,5 @@
 """One process a core: two processes of one thread beat one process of two (measured 35 against 10-20 crops/s)."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -37,4 +36,4 @@ def save(state: dict, path: Path) -> None:
     """Write a checkpoint so that a crash leaves the old one or the new one, never half of one."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)

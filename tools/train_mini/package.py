@@ -1,6 +1,6 @@
 """Assemble the trained parts into a Stable Diffusion pipeline folder: float16 safetensors, as diffusers saves it.
 
-    python tools/train_mini/package.py RUN OUT
+python tools/train_mini/package.py RUN OUT
 """
 
 import sys
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from models import build_scheduler, build_text_encoder, build_unet, build_vae
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTokenizer
+
+from models import build_scheduler, build_text_encoder, build_unet, build_vae
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from models import TOKENS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
+
+from models import TOKENS
 
 END_OF_WORD = "</w>"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

@@ -17,32 +17,39 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed import average_gradients, broadcast, save, start
-from models import TOKENS, build_scheduler, build_text_encoder, build_unet, build_vae
-from tokenizer import build_tokenizer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTokenizer
+
+from distributed import average_gradients, broadcast, save, start
+from models import TOKENS, build_scheduler, build_text_encoder, build_unet, build_vae
+from tokenizer import build_tokenizer
 
 MIN_SNR = 5.0
 DROP_CAPTION = 0.1  # for classifier-free guidance
 
 
 @torch.no_grad()
-def cache_latents(data: np.ndarray, run: Path) -> dict[str, Tensor]:
-    """Encode every picture and its mirror image once; returns mean and std `(2 N, 4, h, w)` and the scaling factor."""
-    vae = build_vae()
-    average = AveragedModel(vae)
+def encode(data: np.ndarray, run: Path) -> dict[str, Tensor]:
+    """Encode every picture and its mirror image, a share in each process.
+
+    Returns:
+        mean and std `(2 N, 4, h, w)`, pictures first, and the scaling factor.
+    """
+    average = AveragedModel(build_vae())
     average.load_state_dict(torch.load(run / "vae.pt", weights_only=True)["average"])
-    means, stds = [], []
-    for first in range(0, len(data), 50):
-        x = torch.from_numpy(np.asarray(data[first : first + 50])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    share = data[len(data) * rank // workers : len(data) * (rank + 1) // workers]
+    moments = []
+    for first in range(0, len(share), 16):
+        x = torch.from_numpy(share[first : first + 16].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
             posterior = average.module.encode(torch.cat([x, x.flip(-1)])).latent_dist
-        means.append(posterior.mean.float().unflatten(0, (2, -1)))
-        stds.append(posterior.std.float().unflatten(0, (2, -1)))
-    mean, std = torch.cat(means, 1).flatten(0, 1), torch.cat(stds, 1).flatten(0, 1)
-    factor = 1 / (mean + std * torch.randn_like(mean)).std()
+        moments.append(torch.stack([posterior.mean.float(), posterior.std.float()]).unflatten(1, (2, -1)))
+    shares: list[Tensor] = [torch.empty(0)] * workers
+    dist.all_gather_object(shares, torch.cat(moments, 2))
+    mean, std = torch.cat(shares, 2).flatten(1, 2)
+    factor = 1 / (mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))).std()
     return {"mean": mean, "std": std, "scaling_factor": factor}
 
 
@@ -60,19 +67,19 @@ def main() -> None:
     rank, workers = start(args.seed)
     captions = json.loads((args.data / "captions.json").read_text())
     cache = args.run / "latents.pt"
+    if cache.exists():
+        latents = torch.load(cache, weights_only=True)
+    else:
+        latents = encode(np.load(args.data / "train.npy", mmap_mode="r"), args.run)
     if rank == 0:
+        save(latents, cache)
         if not (args.run / "tokenizer").exists():
             build_tokenizer(captions, args.run / "tokenizer")
-        if not cache.exists():
-            save(cache_latents(np.load(args.data / "train.npy", mmap_mode="r"), args.run), cache)
     dist.barrier()
-    latents = torch.load(cache, weights_only=True)
     tokenizer = CLIPTokenizer.from_pretrained(args.run / "tokenizer")
 
     def tokens(texts: list[str]) -> Tensor:
-        return tokenizer(
-            texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).input_ids
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
 
     ids, empty = tokens(captions).repeat(2, 1), tokens([""])
     model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(len(tokenizer))})

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 from distributed import average_gradients, broadcast, save, start
 from models import SIZE, build_vae
 from perceptual import PerceptualDistance
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 KL_WEIGHT = 1e-6  # of mean-reduced terms; Stable Diffusion's 1e-6 on sums is 2e-8 in these units
 
@@ -122,7 +123,8 @@ def main() -> None:
             l1, perceptual, divergence, psnr = np.mean(log[-100:], axis=0).tolist()
             seconds = time.monotonic() - begun
             row = {"samples": samples, "seconds": round(seconds), "l1": l1, "perceptual": perceptual}
-            row |= {"kl": divergence, "psnr": psnr, "crop": args.crop, "per_second": step * args.batch * workers / seconds}
+            row |= {"kl": divergence, "psnr": psnr, "crop": args.crop}
+            row["per_second"] = step * args.batch * workers / seconds
             with (args.run / "vae.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             save({name: part.state_dict() for name, part in parts.items()} | {"samples": samples}, checkpoint)

@@ -8,7 +8,7 @@ References:
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.sampling import Report, denoise, silent
+from antidiffusion.sampling import Report, check_size, denoise, silent
 from antidiffusion.surrogate import Surrogate, randn
 
 
@@ -41,13 +41,13 @@ def sdedit(
         Edited pictures, as `x`.
 
     Raises:
-        ValueError: If `strength` leaves no step to run.
+        ValueError: If `strength` leaves no step to run, or the model cannot edit that size.
     """
-    count = min(int(steps * strength), steps)
-    if not 0 < strength <= 1 or count < 1:
+    check_size(x.shape[-2], x.shape[-1], surrogate)
+    if not 0 < strength <= 1 or int(steps * strength) < 1:
         raise ValueError(f"expected a strength in (0, 1] that runs a step, got {strength} of {steps} steps; try 0.5")
     surrogate.scheduler.set_timesteps(steps, device=surrogate.device)
-    timesteps = surrogate.scheduler.timesteps[steps - count :]
+    timesteps = surrogate.scheduler.timesteps[steps - int(steps * strength) :]
     z = surrogate.encode(x, generator)
     z = surrogate.schedule.add_noise(z, randn(z.shape, generator, z), timesteps[:1].expand(len(z)))
     z = denoise(z, timesteps, surrogate.embed([prompt]), surrogate, guidance=guidance, progress=progress)

@@ -15,8 +15,10 @@ from antidiffusion.surrogate import Embedding, Surrogate
 
 
 def zero(attention: Tensor, clean: Tensor | None) -> Tensor:
-    """The paper's loss, -mean(M^2): pull every probability towards zero, which spreads the mass evenly."""
-    return -attention.square().mean((1, 2))
+    """The paper's loss, -mean(M^2), times the number of tokens: it pulls every probability towards zero and so spreads
+    the mass evenly. The factor changes nothing once the gradients are balanced, and keeps float16 from underflowing.
+    """
+    return -attention.square().sum(2).mean(1)
 
 
 def semantic(attention: Tensor, clean: Tensor | None) -> Tensor:
@@ -38,13 +40,17 @@ SDL: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 }
 
 
+BALANCE_EVERY = 5
+
+
 @dataclass
 class DenoisingSemantic:
     """L_ldm + weight * ratio * SDL, one value a picture.
 
     mean(M^2) over tens of tokens is so small beside L_ldm that, taken as it is, the sum's gradient has the signs of
-    L_ldm's alone. `ratio` brings SDL's gradient at the latent to the norm of L_ldm's. It is measured at the first call
-    and kept, which costs one more backward pass a round; make a new objective when the surrogate changes.
+    L_ldm's alone. `ratio` brings SDL's gradient at the latent to the norm of L_ldm's. One (noise, step) pair tells it
+    within a factor of seven only, so it is the geometric mean of all measurements so far; one is taken at the first
+    call and at every `BALANCE_EVERY`-th after, and costs one more backward pass through the UNet.
 
     Arguments:
         surrogate: The model whose error is raised.
@@ -59,7 +65,8 @@ class DenoisingSemantic:
     weight: float = 1.0
     sdl: str = "semantic"
     clean: Tensor | None = None
-    ratio: Tensor | None = field(default=None, init=False)
+    calls: int = field(default=0, init=False)
+    log_ratios: list[Tensor] = field(default_factory=list, init=False)
 
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
         z = self.surrogate.encode(x, generator)
@@ -75,22 +82,29 @@ class DenoisingSemantic:
         with record_attention(self.surrogate.unet, layers) as maps:
             loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
         disturbance = SDL[self.sdl](mean_map(maps), clean)
-        if self.ratio is None and z.requires_grad:
-            self.ratio = _norm_ratio(loss, disturbance, z)
-        return loss + self.weight * (1.0 if self.ratio is None else self.ratio) * disturbance
+        if z.requires_grad:
+            if self.calls % BALANCE_EVERY == 0:
+                self.log_ratios.append(_log_norm_ratio(loss, disturbance, z))
+            self.calls += 1
+        return loss + self.weight * self.ratio * disturbance
+
+    @property
+    def ratio(self) -> Tensor:
+        """L_ldm's gradient norm over SDL's, `(B,)`, or 1 before anything was differentiated."""
+        return torch.stack(self.log_ratios).mean(0).exp() if self.log_ratios else torch.ones(())
 
 
-def _norm_ratio(loss: Tensor, other: Tensor, z: Tensor) -> Tensor:
+def _log_norm_ratio(loss: Tensor, other: Tensor, z: Tensor) -> Tensor:
     norms = []
     for term in (loss, other):
         (gradient,) = torch.autograd.grad(term.sum(), z, retain_graph=True)
-        norms.append(gradient.flatten(1).norm(dim=1))
-    return norms[0] / norms[1].clamp(min=1e-12)
+        norms.append(gradient.flatten(1).norm(dim=1).clamp(min=1e-12).log())
+    return norms[0] - norms[1]
 
 
 @dataclass
 class Official:
-    """The released code's loss: L_ldm against the noise itself, and MSE to zero of 100 x the map clamped to [0, 1].
+    """The released code's loss: L_ldm, and MSE to zero of 100 x the map clamped to [0, 1].
 
     It reads the maps with 16 x 16 query positions only and the second half of the heads, so tokens with more than 1 %
     of the attention get no gradient from it.
@@ -107,8 +121,7 @@ class Official:
         unet = self.surrogate.unet
         layers = [name for name in unet.attn_processors if ".attn2." in name and not name.startswith("mid_block")]
         with record_attention(unet, layers if self.weight else [], self.positions) as maps:
-            output = self.surrogate.predict(self.surrogate.schedule.add_noise(z, n, t), t, self.embedding)
-        loss = (output - n).square().mean((1, 2, 3))
+            loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
         if not maps:  # no layer has 16 x 16 positions at this size: the released code's term is then empty
             return loss
         attention = mean_map([layer[:, layer.shape[1] // 2 :] for layer in maps])

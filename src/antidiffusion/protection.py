@@ -1,8 +1,8 @@
 """Protect pictures and say, with measured numbers, what was done to them."""
 
 import json
+import math
 import platform
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from antidiffusion.attention import coarsest_layers, mean_map, record_attention
 from antidiffusion.budget import Linf
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.picture import Picture, linf
+from antidiffusion.picture import Picture, PictureError, linf
 from antidiffusion.recipes import RECIPES, Progress, Recipe
 from antidiffusion.resolution import Canvas, view_size
 from antidiffusion.surrogate import Surrogate, randn
@@ -43,31 +43,52 @@ class Protected:
     losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-        """Write the picture, read it back, measure it, and write the card beside it as `<path>.json`.
+        """Write the picture, read it back, measure it, and write the card beside it: both files or neither.
 
         Returns:
             The card, with the written file's L-infinity distance in 1/255 units.
 
         Raises:
-            PictureError: If the file cannot be written.
-            RuntimeError: If the written file is outside the budget; it is removed first.
+            PictureError: If a file cannot be written or exists.
+            RuntimeError: If the written file is outside the budget.
         """
         path = Path(path)
+        beside = card_path(path)
+        if not overwrite and beside.exists():
+            raise PictureError(f"{beside}: expected a new file, got an existing one; allow overwriting it")
         self.picture.write(path, overwrite=overwrite)
-        written = Picture.read(path)
-        measured = linf(written, self.original)
+        partial = beside.with_name(f".{beside.name}.part")
+        try:
+            card = self._measure(path)
+            partial.write_text(json.dumps(card, indent=2, allow_nan=False) + "\n")
+            partial.replace(beside)
+        except BaseException as error:  # the next run would take a picture without a card for finished
+            partial.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                got = error.strerror or str(error)
+                raise PictureError(
+                    f"{beside}: expected a writable place with room, got {got!r}; choose another"
+                ) from error
+            raise
+        return card
+
+    def _measure(self, path: Path) -> dict[str, Any]:
+        """Return the card of the written file."""
+        measured = linf(Picture.read(path), self.original)
         if measured > self.card["budget"]["requested"]:
-            path.unlink()
             raise RuntimeError(
                 f"expected {path} within {self.card['budget']['requested']:g}/255 of the original, got {measured}/255; "
                 "this is a bug: please report it with the picture's format and size"
             )
         card = {"file": path.name} | self.card
         card["budget"] = self.card["budget"] | {"measured": measured, "measured_on": "the written file, read back"}
-        partial = path.with_name(f".{path.name}.json.part")
-        partial.write_text(json.dumps(card, indent=2) + "\n")
-        partial.replace(path.with_name(f"{path.name}.json"))
         return card
+
+
+def card_path(picture: Path) -> Path:
+    """Return where the report card of a protected picture is: beside it."""
+    return picture.with_name(f"{picture.name}.json")
 
 
 def protect(
@@ -98,6 +119,8 @@ def protect(
         PictureError: If a picture cannot be read.
         ValueError: If the recipe is unknown or has impossible settings.
     """
+    if isinstance(pictures, str | Path | Picture):
+        raise ValueError(f"expected a list of pictures, got {type(pictures).__name__}; put it in brackets")
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise ValueError(f"expected a recipe of {', '.join(RECIPES)}, got {recipe!r}; see --help")
@@ -145,8 +168,8 @@ def _protect_group(
                 "notes": list(picture.notes),
             },
             "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"},
-            "fidelity": {"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()},
-            "effect": effect(surrogate, canvas.clean_view, written.clean_view, seed),
+            "fidelity": _finite({"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()}),
+            "effect": _finite(effect(surrogate, canvas.clean_view, written.clean_view, seed)),
             "cost": {"seconds": round(seconds, 2), "peak_memory_mb": round(peak_memory(surrogate.device) / 1e6)},
             "versions": versions(),
         }
@@ -156,6 +179,11 @@ def _protect_group(
 
 def _name(recipe: Recipe) -> str:
     return next((name for name, known in RECIPES.items() if type(known) is type(recipe)), type(recipe).__name__)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with None for infinities (the PSNR of equal pictures) and NaN, which JSON cannot say."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 @torch.no_grad()
@@ -202,6 +230,12 @@ def peak_memory(device: torch.device) -> int:
     """Return the process's peak memory in bytes: of the accelerator on CUDA, resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,0 +1,205 @@
+"""Count the floating-point operations per picture of our default recipe and of the released code: flops.json.
+
+Every stage's single step runs on the meta device through the code that protects pictures, at Stable Diffusion
+2.1-base's shape and 512 pixels, and is multiplied by the recipe's number of steps. FlopCounterMode counts two
+operations per multiply-add, of convolutions and matrix products only. On the meta device fused attention decomposes to
+two matrix products forward and four backward, the count of naive attention; this is checked below. A real fused kernel
+computes the scores once more in the backward pass, which no count here contains.
+
+    python benchmarks/flops.py
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference_official as released
+import sd21
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+from torch.utils.flop_counter import FlopCounterMode
+
+from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
+from antidiffusion.optimize import gradient
+from antidiffusion.recipes import (
+    PERTURBATION,
+    PROMPT,
+    RECIPES,
+    TUNING,
+    AntiDiffusion,
+    OfficialAntiDiffusion,
+    Recipe,
+    posteriors,
+)
+from antidiffusion.resolution import Canvas
+from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.tune import denoising, tunable
+
+ENCODING, BALANCED = "encoding", "perturbation that balances"
+
+
+def tera(work: Callable[[], Any]) -> float:
+    """Return the TFLOP of calling `work`."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e12
+
+
+def check_attention() -> None:
+    """Fail if fused attention is counted otherwise than naive attention."""
+
+    def fused() -> None:
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+
+    def naive() -> None:
+        ((q @ q.transpose(-1, -2)).softmax(-1) @ q).sum().backward()
+
+    q = torch.empty(1, 5, 4096, 64, device="meta", requires_grad=True)
+    expected = 3 * 2 * 2 * 5 * 4096**2 * 64 / 1e12
+    if not tera(fused) == tera(naive) == expected:
+        raise RuntimeError(f"expected {expected} TFLOP of attention, got {tera(fused)} fused and {tera(naive)} naive")
+
+
+def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusion) -> dict[str, float]:
+    """Return the TFLOP of one step of every stage, through the recipe's own code."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [[Canvas(np.zeros((sd21.SIDE, sd21.SIDE, 3), np.uint8), (sd21.SIDE, sd21.SIDE), "meta")]]
+    x = groups[0][0].view()
+    embedding = Embedding(torch.zeros(1, sd21.TOKENS, sd21.WIDTH, device="meta"))
+    official = isinstance(recipe, OfficialAntiDiffusion)
+    objective: Any = (
+        Official(surrogate, embedding, recipe.sdl_weight)
+        if official
+        else DenoisingSemantic(surrogate, embedding, recipe.sdl_weight, recipe.sdl, x)
+    )
+    loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
+
+    def fit_step(parameters: list[torch.Tensor]) -> float:
+        for parameter in parameters:
+            parameter.requires_grad_()
+        result = tera(lambda: loss(generator).backward())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return result
+
+    steps = {
+        ENCODING: tera(lambda: posteriors(groups, surrogate)),
+        PROMPT: fit_step([embedding.tokens]),
+        BALANCED: tera(lambda: gradient(objective, x, generator)),
+        PERTURBATION: tera(lambda: gradient(objective, x, generator)),
+    }
+    with tunable(surrogate, "full" if official else recipe.tuning) as (weights, _):
+        return steps | {TUNING: fit_step(weights)}
+
+
+def counts(recipe: Any) -> dict[str, int]:
+    """Return the steps of every stage, checked against the total that the recipe itself announces."""
+    result = {
+        PROMPT: recipe.prompt_steps * max(1, recipe.rounds),
+        PERTURBATION: recipe.steps * (1 + recipe.rounds),
+        TUNING: recipe.tuning_steps * recipe.rounds,
+    }
+    announced = total_steps(recipe)
+    if sum(result.values()) != announced:
+        raise RuntimeError(f"expected {announced} steps, got {result}; bring counts() up to date with the recipe")
+    balanced = math.ceil(result[PERTURBATION] / BALANCE_EVERY)
+    result[PERTURBATION] -= balanced
+    return result | {BALANCED: balanced, ENCODING: max(1, recipe.rounds) + recipe.rounds}
+
+
+def total_steps(recipe: Recipe) -> int:
+    """Start the recipe on the embedded model and stop it when it has said how many steps it will take."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        announced.append(total)
+        raise KeyboardInterrupt
+
+    announced: list[int] = []
+    canvas = Canvas(np.zeros((64, 64, 3), np.uint8), (64, 64))
+    try:
+        recipe([canvas], Surrogate.from_pretrained("mini"), torch.Generator().manual_seed(0), stop)
+    except KeyboardInterrupt:
+        return announced[0]
+    raise RuntimeError("expected the recipe to report its progress, got no call")
+
+
+def released_steps(surrogate: Surrogate) -> dict[str, float]:
+    """Return the TFLOP of one step of every stage of the released procedure."""
+    vae, unet, scheduler = surrogate.vae, surrogate.unet, surrogate.scheduler
+    for module in (vae, unet):
+        module.requires_grad_(True)
+    unet.set_attn_processor(AttnProcessor())
+    image = torch.zeros(1, 3, sd21.SIDE, sd21.SIDE, device="meta")
+    latents = torch.zeros(1, 4, sd21.SIDE // 8, sd21.SIDE // 8, device="meta")
+    embedding = torch.zeros(1, sd21.TOKENS, sd21.WIDTH, device="meta")
+    prompt = embedding.clone().requires_grad_()
+    nothing = torch.optim.SGD([prompt], lr=0)
+    with torch.no_grad():
+        encoding = tera(lambda: released.encode(vae, image))
+    return {
+        ENCODING: encoding,
+        PROMPT: tera(lambda: released.prompt_step(unet, scheduler, latents, prompt, nothing)),
+        PERTURBATION: tera(lambda: released.image_gradient(vae, unet, scheduler, image, embedding)),
+        TUNING: tera(lambda: released.tuning_step(vae, unet, scheduler, image, embedding, nothing)),
+    }
+
+
+def row(steps: dict[str, float], times: dict[str, int]) -> dict[str, Any]:
+    """Return the JSON row: TFLOP per step, steps, and their products' sum."""
+    total = sum(steps[stage] * number for stage, number in times.items())
+    return {
+        "tflop_per_step": {stage: round(value, 4) for stage, value in steps.items()},
+        "steps": times,
+        "tflop": round(total, 1),
+    }
+
+
+def main() -> None:
+    check_attention()
+    default, official = RECIPES["anti-diffusion"], RECIPES["official"]
+    rows = {}
+    for name, recipe in {
+        "anti-diffusion": default,
+        "anti-diffusion, full tuning": replace(default, tuning="full"),
+        "anti-diffusion, no semantic term": replace(default, sdl_weight=0.0),
+        "official, our code": official,
+    }.items():
+        rows[name] = row(our_steps(sd21.build(), recipe), counts(recipe))
+    base = released_steps(sd21.build())
+    rounds = official.rounds
+    times = {
+        PROMPT: official.prompt_steps * (1 + rounds),  # the last of them is not used
+        PERTURBATION: official.steps * (1 + rounds),
+        TUNING: official.tuning_steps * rounds,
+        ENCODING: 1 + rounds,
+    }
+    rows["released code"] = row(base, times)
+    needed = times | {PROMPT: official.prompt_steps * rounds, ENCODING: rounds}
+    rows["released code, unused prompt tuning left out"] = row(base, needed)
+    for values in rows.values():
+        values["released_over_this"] = round(rows["released code"]["tflop"] / values["tflop"], 3)
+    path = Path(__file__).parent / "results" / "flops.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model": "Stable Diffusion 2.1-base, 512 x 512, one picture",
+                "convention": "2 operations per multiply-add; convolutions and matrix products only",
+                "torch": torch.__version__,
+                "rows": rows,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    for name, values in rows.items():
+        print(f"{values['tflop']:8.1f} TFLOP  {name}  {values['tflop_per_step']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.sdedit import sdedit
+from antidiffusion.surrogate import Surrogate
+
+PROMPT = "a portrait of a person wearing a hat"
+
+
+def edited_by_diffusers(x: Tensor, surrogate: Surrogate, **options: Any) -> Tensor:
+    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
+    parts["scheduler"] = diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)
+    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
+        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
+    if len(surrogate.tokenizers) == 2:
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    else:
+        extras = dict.fromkeys(("safety_checker", "feature_extractor"))
+        pipeline = diffusers.StableDiffusionImg2ImgPipeline(**parts, **extras, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline([PROMPT] * len(x), image=x, output_type="pt", **options).images
+
+
+def compare(x: Tensor, surrogate: Surrogate, strength: float) -> None:
+    options: Any = {"strength": strength, "generator": Generator().manual_seed(3)}
+    theirs = edited_by_diffusers(x, surrogate, num_inference_steps=10, guidance_scale=4.0, **options)
+    ours = sdedit(x, PROMPT, surrogate, Generator().manual_seed(3), strength=strength, guidance=4, steps=10)
+    assert ours.shape == x.shape
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours - x).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6])
+def test_equals_diffusers(surrogate: Surrogate, x: Tensor, strength: float) -> None:
+    compare(x, surrogate, strength)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6])
+def test_equals_diffusers_with_the_embedded_model(mini: Surrogate, x: Tensor, strength: float) -> None:
+    compare(x[:1], mini, strength)
+
+
+def test_the_seed_decides_the_edit(tiny: Surrogate, x: Tensor) -> None:
+    first, same, other = (sdedit(x, PROMPT, tiny, Generator().manual_seed(s), steps=4) for s in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert first.dtype == torch.float32
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+@pytest.mark.parametrize(("strength", "run"), [(0.1, 1), (0.29, 2), (0.5, 5), (1.0, 10)])
+def test_strength_is_the_share_of_steps(tiny: Surrogate, x: Tensor, strength: float, run: int) -> None:
+    calls: list[tuple[int, int]] = []
+    options: Any = {"strength": strength, "steps": 10, "guidance": 1.0}
+    sdedit(x, PROMPT, tiny, Generator(), progress=lambda *call: calls.append(call), **options)
+    assert calls == [(done, run) for done in range(1, run + 1)]
+
+
+def test_little_strength_keeps_the_picture(mini: Surrogate) -> None:
+    ramp = torch.linspace(0.2, 0.8, 64).expand(1, 3, 64, 64)
+    edits = [sdedit(ramp, PROMPT, mini, Generator().manual_seed(0), strength=s, steps=10) for s in (0.1, 0.9)]
+    weak, strong = ((edit - ramp).square().mean() for edit in edits)
+    assert weak < strong
+
+
+@pytest.mark.parametrize("strength", [0, -0.5, 1.1, 0.01, float("nan")])
+def test_impossible_strengths(tiny: Surrogate, x: Tensor, generator: Generator, strength: float) -> None:
+    with pytest.raises(ValueError, match=r"expected a strength in \(0, 1\].* of 50 steps; try 0\.5"):
+        sdedit(x, PROMPT, tiny, generator, strength=strength)
+
+
+def test_impossible_sizes(tiny: Surrogate, generator: Generator) -> None:
+    with pytest.raises(ValueError, match="multiples of 64, got 100 x 64; resize"):
+        sdedit(torch.rand(1, 3, 64, 100), PROMPT, tiny, generator)

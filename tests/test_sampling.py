@@ -1,0 +1,116 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.sampling import denoise, sample
+from antidiffusion.surrogate import Surrogate, randn
+
+PROMPTS = ["a photo of a person", "a red hat"]
+
+
+def pipeline(surrogate: Surrogate, kind: str = "") -> Any:
+    """diffusers' own pipeline around the surrogate's parts; `kind` is "" or "Img2Img"."""
+    import diffusers
+
+    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
+    parts["scheduler"] = diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)
+    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
+        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
+    if len(surrogate.tokenizers) == 2:
+        built = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")(**parts, add_watermarker=False)
+    else:
+        extras = dict.fromkeys(("safety_checker", "feature_extractor"))
+        built = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts, **extras, requires_safety_checker=False)
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Surrogate], list[Tensor]]:
+    """Record the steps that a surrogate's UNet is asked for."""
+
+    def watch(surrogate: Surrogate) -> list[Tensor]:
+        steps: list[Tensor] = []
+        predict = surrogate.predict
+
+        def recorded(z: Tensor, t: Tensor, embedding: Any) -> Tensor:
+            steps.append(t)
+            return predict(z, t, embedding)
+
+        monkeypatch.setattr(surrogate, "predict", recorded)
+        return steps
+
+    return watch
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_equals_diffusers(surrogate: Surrogate, generator: Generator, guidance: float) -> None:
+    ours = sample(PROMPTS, surrogate, generator, steps=4, guidance=guidance, size=(64, 128))
+    latents = randn((2, 4, 8, 16), Generator().manual_seed(0), torch.empty(0))
+    options: Any = {"num_inference_steps": 4, "guidance_scale": guidance, "height": 64, "width": 128}
+    theirs = pipeline(surrogate)(PROMPTS, latents=latents, output_type="pt", **options).images
+    assert ours.shape == (2, 3, 64, 128)
+    assert (ours - theirs).abs().max() < 1e-3
+    assert ours.std() > 0.01
+
+
+def test_equals_diffusers_with_the_embedded_model(mini: Surrogate, generator: Generator) -> None:
+    ours = sample(PROMPTS[:1], mini, generator, steps=3)
+    side = mini.size // mini.factor
+    latents = randn((1, 4, side, side), Generator().manual_seed(0), torch.empty(0))
+    options: Any = {"num_inference_steps": 3, "guidance_scale": 7.5, "height": mini.size, "width": mini.size}
+    theirs = pipeline(mini)(PROMPTS[:1], latents=latents, output_type="pt", **options).images
+    assert ours.shape == (1, 3, mini.size, mini.size)
+    assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_the_seed_decides_the_picture(tiny: Surrogate) -> None:
+    first, same, other = (sample(PROMPTS[:1], tiny, Generator().manual_seed(s), steps=2) for s in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert (first.dtype, first.shape) == (torch.float32, (1, 3, tiny.size, tiny.size))
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+def test_the_prompt_matters_and_a_batch_does_not(tiny: Surrogate, generator: Generator) -> None:
+    noise = randn((1, 4, 8, 8), generator, torch.empty(0)).expand(2, -1, -1, -1)
+    tiny.scheduler.set_timesteps(2)
+    options: Any = {"surrogate": tiny, "guidance": 5.0}
+    both = denoise(noise, tiny.scheduler.timesteps, tiny.embed(PROMPTS), **options)
+    for prompt, z in zip(PROMPTS, both, strict=True):
+        alone = denoise(noise[:1], tiny.scheduler.timesteps, tiny.embed([prompt]), **options)
+        torch.testing.assert_close(alone[0], z, rtol=1e-4, atol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+def test_guidance_1_is_unguided(
+    tiny: Surrogate, generator: Generator, counted: Callable[[Surrogate], list[Tensor]]
+) -> None:
+    noise = randn((1, 4, 8, 8), generator, torch.empty(0))
+    embedding = tiny.embed(PROMPTS[:1])
+    tiny.scheduler.set_timesteps(3)
+    timesteps, z = tiny.scheduler.timesteps, noise
+    for t in timesteps:
+        z = tiny.scheduler.step(tiny.predict(z, t[None], embedding), t, z).prev_sample
+    steps = counted(tiny)
+    assert torch.equal(denoise(noise, timesteps, embedding, tiny, guidance=1), z)
+    assert torch.equal(torch.cat(steps), timesteps)
+    steps.clear()
+    assert not torch.equal(denoise(noise, timesteps, embedding, tiny, guidance=2), z)
+    assert torch.equal(torch.cat(steps), timesteps.repeat_interleave(2))
+
+
+def test_progress(tiny: Surrogate, generator: Generator) -> None:
+    calls: list[tuple[int, int]] = []
+    sample(PROMPTS[:1], tiny, generator, steps=3, guidance=1, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("size", [(64, 65), (72, 64), (0, 64), (-64, 64)])
+def test_impossible_sizes(tiny: Surrogate, generator: Generator, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"multiples of 64, got {size[1]} x {size[0]}; resize"):
+        sample(PROMPTS, tiny, generator, size=size)
