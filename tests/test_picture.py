@@ -63,8 +63,9 @@ def colourless_cmyk_icc() -> bytes:
     return icc(b"CMYK", {b"A2B0": lut}, b"Lab ")
 
 
-def exif(orientation: int | None = None, thumbnail: bytes = b"") -> bytes:
+def exif(orientation: int | None = None, thumbnail: bytes = b"", endian: str = ">") -> bytes:
     tags = Image.Exif()
+    tags.endian = endian
     tags[ExifTags.Base.Make] = "Maker"
     if orientation is not None:
         tags[ExifTags.Base.Orientation] = orientation
@@ -312,8 +313,10 @@ def test_metadata_of_the_file_is_read_as_it_is(tmp_path: Path) -> None:
         assert suffix == ".tiff" or picture.exif == exif()
 
 
-def test_a_thumbnail_of_the_unprotected_photo_is_blanked(tmp_path: Path) -> None:
-    block = exif(6, thumbnail=b"\xff\xd8 small picture \xff\xd9")
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_a_thumbnail_of_the_unprotected_photo_is_blanked(endian: str, tmp_path: Path) -> None:
+    block = exif(6, b"\xff\xd8 small picture \xff\xd9", endian)
+    assert block[6:8] == {"<": b"II", ">": b"MM"}[endian]
     assert tags_of(block)[ExifTags.IFD.IFD1] and b"small picture" in block
     picture = Picture.read(saved(tmp_path / "a.jpg", RGB, exif=block))
     assert b"small picture" not in (picture.exif or b"") and "thumbnail" in picture.notes[0]
@@ -355,8 +358,8 @@ def test_broken_metadata_is_dropped_with_a_note(tmp_path: Path) -> None:
 
 def test_damaged_exif_entries_are_left_out_and_the_rest_is_written_silently(tmp_path: Path) -> None:
     block = bytearray(exif())
-    entry = block.index(struct.pack("<HHI", 2, 12, 3))  # GPS latitude: three doubles
-    struct.pack_into("<I", block, entry + 8, 1 << 20)  # stored past the end
+    entry = block.index(struct.pack(">HHI", 2, 5, 3))  # GPS latitude: three rationals
+    struct.pack_into(">I", block, entry + 8, 1 << 20)  # stored past the end
     picture = Picture.read(saved(tmp_path / "a.jpg", RGB, exif=bytes(block)))
     assert "damaged EXIF entries were left out" in picture.notes
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
@@ -101,7 +102,10 @@ def reference(surrogate: Surrogate, **options: Any) -> Tensor:
     ) * 127.5
 
 
-def test_official_equals_an_independent_implementation(surrogate: Surrogate) -> None:
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_official_equals_an_independent_implementation(surrogate: Surrogate, prediction: str) -> None:
+    scheduler = DDIMScheduler.from_config(surrogate.scheduler.config, prediction_type=prediction)
+    surrogate = replace(surrogate, scheduler=scheduler)
     # a hundred times the released code's learning rate, so that wrong tuning would show
     recipe = replace(OfficialAntiDiffusion(), **SHORT, learning_rate=5e-5)
     expected = reference(surrogate, **SHORT, learning_rate=5e-5)
