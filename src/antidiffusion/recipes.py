@@ -89,7 +89,6 @@ class Alternation:
         budget: L-infinity budget in 1/255 units around the untouched picture.
         steps: Ascent steps of each phase; there are 1 + `rounds` phases.
         rounds: Rounds after the first ascent.
-        step_size: Of a sign step, in 1/255 units.
         prompt_steps, prompt_learning_rate: AdamW on the text embedding, which starts from the empty prompt's.
         tuning_steps: AdamW steps on the UNet in a round.
         sdl_weight: lambda, the weight of the semantic disturbance loss; 0 leaves it out.
@@ -101,7 +100,6 @@ class Alternation:
     budget: float = 8
     steps: int = 10
     rounds: int = 5
-    step_size: float = 1.0
     prompt_steps: int = 30
     prompt_learning_rate: float = 1e-3
     tuning_steps: int = 20
@@ -148,11 +146,13 @@ class AntiDiffusion(Alternation):
     """Our recipe: the paper's procedure inside a fixed ball, with a semantic term that acts.
 
     Arguments:
+        step_size: Of a sign step, in 1/255 units; an eighth of the budget if None.
         tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
         low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
     """
 
+    step_size: float | None = None
     tuning: str = "auto"
     sdl: str = "semantic"
     low_memory: bool = False
@@ -167,7 +167,7 @@ class AntiDiffusion(Alternation):
         ]
 
         def perturb() -> Iterable[float]:
-            options: Any = {"steps": self.steps, "step_size": self.step_size, "generator": generator}
+            options: Any = {"steps": self.steps, "step_size": self.step_size or self.budget / 8, "generator": generator}
             return ascend(objectives, groups, Linf(self.budget), **options)
 
         with (

@@ -3,6 +3,8 @@
 python tools/train_mini/package.py RUN OUT
 """
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTokenizer
 
 from models import build_scheduler, build_text_encoder, build_unet, build_vae
+
+
+# A DreamBooth run on so small a model takes larger steps than Stable Diffusion's 5e-7 and 1e-4.
+LEARNING_RATES = {"learning_rate": 5e-5, "lora_learning_rate": 1e-3}
 
 
 def main() -> None:
@@ -34,6 +40,11 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(out)
+    for name in ("vocab.json", "merges.txt"):  # transformers 4 reads these
+        shutil.copy(run / "tokenizer" / name, out / "tokenizer" / name)
+    (out / "antidiffusion.json").write_text(json.dumps(LEARNING_RATES) + "\n")
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)  # they are saved for the owner only
 
 
 if __name__ == "__main__":
