@@ -60,6 +60,32 @@ def held_out_loss(surrogate: Surrogate, x: Tensor, prompts: list[str]) -> float:
     )
 
 
+def write(args: argparse.Namespace, surrogate: Surrogate, rows: dict[str, list[dict[str, float]]]) -> None:
+    """Write what is known so far, so that a stopped run keeps its pictures."""
+    table = {
+        name: {
+            key: {
+                "mean": statistics.mean(row[key] for row in group),
+                "sem": statistics.stdev(row[key] for row in group) / len(group) ** 0.5 if len(group) > 1 else None,
+            }
+            for key in group[0]
+        }
+        for name, group in rows.items()
+    }
+    result = {
+        "model_sha256": surrogate.sha256,
+        "budget": args.budget,
+        "pictures": len(rows["random-sign"]),
+        "seed": args.seed,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "settings": {name: asdict(recipe) for name, recipe in recipes(args.budget).items()},  # type: ignore[call-overload]
+        "recipes": table,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=8)
@@ -104,28 +130,7 @@ def main() -> None:
                 row[f"edit_ssim_{strength}"] = similarity
             rows.setdefault(name, []).append(row)
             print(f"{file} {name:34s}" + " ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
-    table = {
-        name: {
-            key: {
-                "mean": statistics.mean(row[key] for row in group),
-                "sem": statistics.stdev(row[key] for row in group) / len(group) ** 0.5 if len(group) > 1 else None,
-            }
-            for key in group[0]
-        }
-        for name, group in rows.items()
-    }
-    result = {
-        "model_sha256": surrogate.sha256,
-        "budget": args.budget,
-        "pictures": args.pictures,
-        "seed": args.seed,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": versions(),
-        "settings": {name: asdict(recipe) for name, recipe in recipes(args.budget).items()},  # type: ignore[call-overload]
-        "recipes": table,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(args, surrogate, rows)
 
 
 if __name__ == "__main__":

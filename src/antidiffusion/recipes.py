@@ -146,7 +146,7 @@ class AntiDiffusion(Alternation):
     """Our recipe: the paper's procedure inside a fixed ball, with a semantic term that acts.
 
     Arguments:
-        step_size: Of a sign step, in 1/255 units; an eighth of the budget if None.
+        step_size: Of a sign step, in 1/255 units; a sixteenth of the budget if None.
         tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
         low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
@@ -154,7 +154,7 @@ class AntiDiffusion(Alternation):
 
     step_size: float | None = None
     tuning: str = "auto"
-    sdl: str = "semantic"
+    sdl: str = "divergence"
     low_memory: bool = False
 
     def __call__(
@@ -167,7 +167,11 @@ class AntiDiffusion(Alternation):
         ]
 
         def perturb() -> Iterable[float]:
-            options: Any = {"steps": self.steps, "step_size": self.step_size or self.budget / 8, "generator": generator}
+            options: Any = {
+                "steps": self.steps,
+                "step_size": self.step_size or self.budget / 16,
+                "generator": generator,
+            }
             return ascend(objectives, groups, Linf(self.budget), **options)
 
         with (

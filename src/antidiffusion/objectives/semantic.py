@@ -6,6 +6,7 @@ References:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -63,7 +64,7 @@ class DenoisingSemantic:
     surrogate: Surrogate
     embedding: Embedding
     weight: float = 1.0
-    sdl: str = "semantic"
+    sdl: str = "divergence"
     clean: Tensor | None = None
     calls: int = field(default=0, init=False)
     log_ratios: list[Tensor] = field(default_factory=list, init=False)
@@ -77,7 +78,7 @@ class DenoisingSemantic:
         clean = None
         if self.sdl == "divergence" and self.clean is not None:
             with torch.no_grad(), record_attention(self.surrogate.unet, layers) as maps:
-                self.surrogate.denoising_loss(self.surrogate.posterior(self.clean).mean, n, t, self.embedding)
+                self.surrogate.denoising_loss(self.clean_latent, n, t, self.embedding)
             clean = mean_map(maps)
         with record_attention(self.surrogate.unet, layers) as maps:
             loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
@@ -87,6 +88,12 @@ class DenoisingSemantic:
                 self.log_ratios.append(_log_norm_ratio(loss, disturbance, z))
             self.calls += 1
         return loss + self.weight * self.ratio * disturbance
+
+    @cached_property
+    def clean_latent(self) -> Tensor:
+        """Latent of the clean pictures, encoded once."""
+        with torch.no_grad():
+            return self.surrogate.posterior(self.clean).mean  # type: ignore[arg-type]
 
     @property
     def ratio(self) -> Tensor:
