@@ -269,7 +269,7 @@ def test_progress_counts_every_step_of_every_stage(surrogate: Surrogate, kind: A
 
 
 def test_protection_raises_the_denoising_loss_far_above_random_noise(surrogate: Surrogate) -> None:
-    recipe = AntiDiffusion(rounds=1, steps=6, prompt_steps=4, tuning_steps=3)
+    recipe = AntiDiffusion(rounds=1, steps=10, step_size=1, prompt_steps=4, tuning_steps=3)
     clean, random, protected = (
         held_out(surrogate, x)[0]
         for x in (

@@ -22,7 +22,7 @@ from antidiffusion.recipes import Progress, RandomSign, Recipe
 from antidiffusion.surrogate import Surrogate
 
 PROMPT = "a portrait of a person, wearing sunglasses and a red shirt, on a green background"
-STRENGTH = 0.5
+STRENGTH = 0.4
 GUIDANCE = 3.0  # the embedded model's contrast suffers above it
 MAGNIFY = 10
 VERSIONS = ("clean", "random noise", "protected")

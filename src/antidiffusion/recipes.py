@@ -146,7 +146,8 @@ class AntiDiffusion(Alternation):
     """Our recipe: the paper's procedure inside a fixed ball, with a semantic term that acts.
 
     Arguments:
-        step_size: Of a sign step, in 1/255 units; a sixteenth of the budget if None.
+        step_size: Of a sign step, in 1/255 units; if None, a sixteenth of the budget,
+            or more in a run of fewer steps.
         tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
         low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
@@ -166,12 +167,11 @@ class AntiDiffusion(Alternation):
             DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, views(group)) for group in groups
         ]
 
+        reach = min(16, self.steps * (1 + self.rounds))  # a short run takes steps that still fill the ball
+        step_size = self.step_size or self.budget / reach
+
         def perturb() -> Iterable[float]:
-            options: Any = {
-                "steps": self.steps,
-                "step_size": self.step_size or self.budget / 16,
-                "generator": generator,
-            }
+            options: Any = {"steps": self.steps, "step_size": step_size, "generator": generator}
             return ascend(objectives, groups, Linf(self.budget), **options)
 
         with (

@@ -16,7 +16,6 @@ from transformers import CLIPTokenizer
 
 from models import build_scheduler, build_text_encoder, build_unet, build_vae
 
-
 # A DreamBooth run on so small a model takes larger steps than Stable Diffusion's 5e-7 and 1e-4.
 LEARNING_RATES = {"learning_rate": 5e-5, "lora_learning_rate": 1e-3}
 

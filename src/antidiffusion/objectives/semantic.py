@@ -64,7 +64,7 @@ class DenoisingSemantic:
     surrogate: Surrogate
     embedding: Embedding
     weight: float = 1.0
-    sdl: str = "divergence"
+    sdl: str = "semantic"
     clean: Tensor | None = None
     calls: int = field(default=0, init=False)
     log_ratios: list[Tensor] = field(default_factory=list, init=False)
