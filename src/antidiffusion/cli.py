@@ -104,8 +104,8 @@ def protect(
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
     rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work, somewhat less protection.")] = False,
-    strong: Annotated[bool, typer.Option("--strong", help="Twice the work, somewhat more protection.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work.")] = False,
+    strong: Annotated[bool, typer.Option("--strong", help="Twice the work.")] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All pictures show one person: protect them jointly.")
     ] = False,
