@@ -449,7 +449,12 @@ def test_ctrl_c(here: Path) -> None:
     done = subprocess.run(quick, capture_output=True, env=QUIET, check=True)
     assert done.stdout.startswith(rb"out/\udcff.png")
     process = subprocess.Popen(
-        [*PROGRAM, "protect", *long, "-o", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=QUIET, text=True
+        [*PROGRAM, "protect", *long, "-o", "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=QUIET,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits "ignore"
     )
     assert process.stderr is not None
     for line in process.stderr:
