@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Picture, Surrogate
-from antidiffusion.attacks.sdedit import sdedit
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.budget import Linf
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.optimize import ascend
@@ -111,7 +112,7 @@ def main() -> None:
 
 
 def edit(surrogate: Surrogate, x: Tensor) -> Tensor:
-    return sdedit(x, EDIT, surrogate, Generator().manual_seed(0), strength=0.4, guidance=3.0)
+    return SDEdit(strength=0.4, guidance=3.0)(x, Prompts(EDIT), surrogate, seed=0)
 
 
 if __name__ == "__main__":

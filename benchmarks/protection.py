@@ -21,7 +21,8 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion import Picture, Surrogate, protect
-from antidiffusion.attacks.sdedit import sdedit
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.protection import versions
 from antidiffusion.recipes import PRESETS, RECIPES, AntiDiffusion, Recipe
@@ -104,8 +105,8 @@ def main() -> None:
         clean_loss = held_out_loss(surrogate, original.tensor(), prompts)
 
         def edit(picture: Picture, strength: float) -> Tensor:
-            options = {"strength": strength, "guidance": 3.0, "steps": 50}
-            return sdedit(picture.tensor(), EDIT_PROMPT, surrogate, Generator().manual_seed(args.seed), **options)
+            attack = SDEdit(strength=strength, guidance=3.0, steps=50)
+            return attack(picture.tensor(), Prompts(EDIT_PROMPT), surrogate, args.seed)
 
         clean_edits = {strength: edit(original, strength) for strength in STRENGTHS}
         random_loss = 0.0

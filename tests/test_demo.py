@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torch import Generator
 
 import antidiffusion.demo
 import antidiffusion.protection
-from antidiffusion.attacks.sdedit import sdedit
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.demo import GUIDANCE, MAGNIFY, PROMPT, VERSIONS, run_demo
 from antidiffusion.picture import Picture
 from antidiffusion.recipes import AntiDiffusion
@@ -112,8 +112,8 @@ def test_every_version_is_edited_with_the_seeds_noise(
     stem = Path(PORTRAITS[-1]).stem
     folder = Path(str(resources.files("antidiffusion") / "mini" / "portraits"))
     source = folder / PORTRAITS[-1] if version == "clean" else shown[0] / f"{stem}-protected.png"
-    options = {"strength": STRENGTH, "guidance": GUIDANCE}
-    edit = sdedit(Picture.read(source).tensor(), PROMPT, mini, Generator().manual_seed(1), **options)
+    attack = SDEdit(strength=STRENGTH, guidance=GUIDANCE)
+    edit = attack(Picture.read(source).tensor(), Prompts(PROMPT), mini, seed=1)
     written = Picture.read(shown[0] / f"{stem}-{version}-edited.png").tensor()
     assert (edit - written).abs().max() < 0.6 / 255
 

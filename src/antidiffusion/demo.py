@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
-from antidiffusion.attacks.sdedit import sdedit
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.picture import Bytes, Picture
 from antidiffusion.protection import protect
@@ -56,7 +57,7 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
     """
     output.mkdir(parents=True, exist_ok=True)
     portraits = sorted(resources.files("antidiffusion").joinpath("mini", "portraits").iterdir(), key=str)
-    people = []
+    attack, people = SDEdit(strength=STRENGTH, guidance=GUIDANCE), []
     for number, path in enumerate(portraits, 1):
 
         def named(stage: str, done: int, total: int, number: int = number) -> None:
@@ -68,9 +69,7 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
         versions = dict(zip(VERSIONS, (original, noise.picture, protected.picture), strict=True))
         edits = {}
         for name, picture in versions.items():
-            generator = Generator().manual_seed(seed)
-            options: Any = {"strength": STRENGTH, "guidance": GUIDANCE}
-            edits[name] = _picture(sdedit(picture.tensor(), PROMPT, surrogate, generator, **options))
+            edits[name] = _picture(attack(picture.tensor(), Prompts(PROMPT), surrogate, seed))
             named(f"editing, {name}", 1, 1)
         stem = Path(str(path)).stem
         for name, edit in edits.items():

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tools/train_mini/train_unet.py DATA RUN --minutes 300
 
-Needs RUN/vae.pt of train_vae.py; resumes from RUN/unet.pt. The learning rate is constant and the exponential average
-of the weights is what ships, so that training can stop and go on at any step.
+Needs RUN/vae.pt of train_vae.py; resumes from RUN/unet.pt, or starts from a packaged model with `--init`. The learning
+rate is constant and the exponential average of the weights is what ships, so that training can stop and go on at any
+step.
 
 References:
     Efficient Diffusion Training via Min-SNR Weighting Strategy, Hang et al., 2023, arXiv 2303.09556
@@ -11,17 +12,19 @@ References:
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from distributed import average_gradients, broadcast, save, start
+from distributed import FLOAT32, average_gradients, broadcast, save, start
 from models import TOKENS, build_scheduler, build_text_encoder, build_unet, build_vae
 from tokenizer import build_tokenizer
 
@@ -30,7 +33,7 @@ DROP_CAPTION = 0.1  # for classifier-free guidance
 
 
 @torch.no_grad()
-def encode(data: np.ndarray, run: Path) -> dict[str, Tensor]:
+def encode(data: np.ndarray, run: Path, bfloat16: bool) -> dict[str, Tensor]:
     """Encode every picture and its mirror image, a share in each process.
 
     Returns:
@@ -43,7 +46,7 @@ def encode(data: np.ndarray, run: Path) -> dict[str, Tensor]:
     moments = []
     for first in range(0, len(share), 16):
         x = torch.from_numpy(share[first : first + 16].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             posterior = average.module.encode(torch.cat([x, x.flip(-1)])).latent_dist
         moments.append(torch.stack([posterior.mean.float(), posterior.std.float()]).unflatten(1, (2, -1)))
     shares: list[Tensor] = [torch.empty(0)] * workers
@@ -58,6 +61,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train.npy, (N, 128, 128, 3) uint8, and captions.json")
     parser.add_argument("run", type=Path, help="folder of the checkpoints and the log")
     parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--init", type=Path, help="packaged model to start from, when RUN has no checkpoint")
+    parser.add_argument("--float32", action="store_true", help=FLOAT32)
     parser.add_argument("--batch", type=int, default=32, help="pictures per process")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--ema", type=float, default=0.999)
@@ -70,11 +75,14 @@ def main() -> None:
     if cache.exists():
         latents = torch.load(cache, weights_only=True)
     else:
-        latents = encode(np.load(args.data / "train.npy", mmap_mode="r"), args.run)
+        latents = encode(np.load(args.data / "train.npy", mmap_mode="r"), args.run, not args.float32)
     if rank == 0:
         save(latents, cache)
         if not (args.run / "tokenizer").exists():
-            build_tokenizer(captions, args.run / "tokenizer")
+            if args.init:
+                shutil.copytree(args.init / "tokenizer", args.run / "tokenizer")
+            else:
+                build_tokenizer(captions, args.run / "tokenizer")
     dist.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(args.run / "tokenizer")
 
@@ -82,7 +90,12 @@ def main() -> None:
         return tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
 
     ids, empty = tokens(captions).repeat(2, 1), tokens([""])
-    model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(len(tokenizer))})
+    if args.init:
+        unet = UNet2DConditionModel.from_pretrained(args.init, subfolder="unet")
+        text_encoder = CLIPTextModel.from_pretrained(args.init, subfolder="text_encoder")
+    else:
+        unet, text_encoder = build_unet(), build_text_encoder(len(tokenizer))
+    model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).float()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     scheduler = build_scheduler()
@@ -106,7 +119,7 @@ def main() -> None:
         drop = torch.rand(args.batch, 1, generator=generator) < DROP_CAPTION
         t = torch.randint(0, 1000, (args.batch,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
             embedding = model["text_encoder"](torch.where(drop, empty, ids[index])).last_hidden_state
             output = model["unet"](scheduler.add_noise(z, noise, t), t, embedding).sample.float()
         weight = (MIN_SNR / snr[t]).clamp(max=1)

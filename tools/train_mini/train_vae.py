@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 tools/train_mini/train_vae.py DATA RUN --minutes 15 --crop 64
     torchrun --nproc-per-node 2 tools/train_mini/train_vae.py DATA RUN --minutes 45 --adversarial 0.3
 
-Resumes from RUN/vae.pt. The learning rate is constant and the exponential average of the weights is what ships, so
-that training can stop and go on at any step.
+Resumes from RUN/vae.pt, or starts from a packaged model with `--init` (with `--minutes 0` only to write vae.pt for
+train_unet.py). The learning rate is constant and the exponential average of the weights is what ships, so that training
+can stop and go on at any step.
 """
 
 import argparse
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distributed import average_gradients, broadcast, save, start
+from distributed import FLOAT32, average_gradients, broadcast, save, start
 from models import SIZE, build_vae
 from perceptual import PerceptualDistance
 
@@ -60,6 +62,9 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train.npy, (N, 128, 128, 3) uint8")
     parser.add_argument("run", type=Path, help="folder of the checkpoint and the log")
     parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--init", type=Path, help="packaged model to start from, when RUN has no checkpoint")
+    parser.add_argument("--decoder-only", action="store_true", help="the latents stay what they are")
+    parser.add_argument("--float32", action="store_true", help=FLOAT32)
     parser.add_argument("--crop", type=int, default=SIZE)
     parser.add_argument("--batch", type=int, default=8, help="pictures per process")
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -72,7 +77,8 @@ def main() -> None:
     rank, workers = start(args.seed)
     args.run.mkdir(parents=True, exist_ok=True)
     data = np.load(args.data / "train.npy", mmap_mode="r")
-    vae, critic, distance = build_vae(), build_discriminator(), PerceptualDistance()
+    vae = AutoencoderKL.from_pretrained(args.init, subfolder="vae").float() if args.init else build_vae()
+    critic, distance = build_discriminator(), PerceptualDistance()
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.lr / 2, betas=(0.5, 0.9), weight_decay=0)
@@ -85,14 +91,18 @@ def main() -> None:
             part.load_state_dict(state[name])
         for group in optimizer.param_groups:
             group["lr"] = args.lr
+    if args.decoder_only:
+        vae.requires_grad_(False)
+        for part in (vae.decoder, vae.post_quant_conv):
+            part.requires_grad_(True)
     rng = np.random.default_rng([args.seed, rank, samples])
-    parameters, critic_parameters = list(vae.parameters()), list(critic.parameters())
+    parameters, critic_parameters = [p for p in vae.parameters() if p.requires_grad], list(critic.parameters())
     begun, step, log = time.monotonic(), 0, []
     while broadcast(time.monotonic() - begun) < args.minutes * 60:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100)
         x = crops(data, args.crop, args.batch, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
             posterior = vae.encode(x).latent_dist
             output = vae.decode(posterior.sample()).sample.float()
             terms = [(1.0, F.l1_loss(output, x)), (args.perceptual, distance(output, x).float())]
@@ -102,14 +112,16 @@ def main() -> None:
             kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         gradient = reconstruction_gradient(terms, output)
         optimizer.zero_grad()
-        torch.autograd.backward([output, KL_WEIGHT * kl], [gradient, torch.ones(())])
+        output.backward(gradient, retain_graph=True)
+        if kl.requires_grad:
+            (KL_WEIGHT * kl).backward()
         average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update_parameters(vae)
         if args.adversarial:
             critic.requires_grad_(True)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
                 real, fake = critic(x).float(), critic(output.detach()).float()
             critic_optimizer.zero_grad()
             (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()

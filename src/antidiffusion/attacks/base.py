@@ -1,0 +1,63 @@
+"""What all attacks share: one call, `attack(pictures, prompts, surrogate, seed)`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from antidiffusion.sampling import Report, silent
+from antidiffusion.surrogate import Embedding, Surrogate
+
+Texts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What an attacker asks for.
+
+    Arguments:
+        target: Edits: what the edited pictures should show, one text for all or one for each. Tuning: what to draw with
+            the tuned model, one picture for each text.
+        source: Edits: what the pictures show, one text for all or one for each; only edits that invert a picture read
+            it. Tuning: the one text that the person is tuned to.
+        mask: Where inpainting may redraw, `(1, 1, H, W)` or `(B, 1, H, W)` in [0, 1], 1 to redraw; others ignore it.
+    """
+
+    target: Texts
+    source: Texts = ""
+    mask: Tensor | None = None
+
+
+class Attack(Protocol):
+    """A misuse of pictures: a frozen dataclass whose fields are the method's settings, with its paper's defaults.
+
+    Arguments:
+        x: Pictures `(B, 3, H, W)` float32 in [0, 1], sides multiples of `surrogate.multiple`.
+        prompts: What the attacker asks for.
+        surrogate: The attacker's model; its weights are afterwards what they were.
+        seed: Decides every random draw.
+        progress: Called after every step.
+
+    Returns:
+        Edits: the B edited pictures, as `x`. Tuning: one picture for each target text.
+
+    Raises:
+        ValueError: If the sizes, the texts or a setting do not fit.
+    """
+
+    def __call__(
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+    ) -> Tensor: ...
+
+
+def embed_each(texts: Texts, count: int, surrogate: Surrogate) -> Embedding:
+    """Embed one text for all pictures (batch 1) or one for each (batch `count`).
+
+    Raises:
+        ValueError: If there is another number of texts.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if len(texts) not in (1, count):
+        raise ValueError(f"expected one text, or one for each of {count} pictures, got {len(texts)}")
+    return surrogate.embed(texts)
