@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import draw
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from sd_layout import original_state, rename
 
+import antidiffusion.cli.shared
+import antidiffusion.protection
 import antidiffusion.weights
 from antidiffusion.surrogate import Surrogate
 
@@ -198,3 +201,33 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in fetching & vars(module).keys():
             monkeypatch.setattr(module, name, blocked)
     assert huggingface_hub.hf_hub_download is blocked
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `photos/a.png` and `photos/b.png`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
+    Path("photos").mkdir()
+    draw("photos/a.png", 0)
+    draw("photos/b.png", 1, height=100)
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`here`, and whatever model is asked for, a tiny one is there already."""
+    monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options: tiny)
+    return here
+
+
+@pytest.fixture
+def unused(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`here`, and no model may be loaded: the mistake must be found before."""
+
+    def refuse(*options: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", refuse)
+    Path("empty").mkdir()
+    return here

@@ -11,8 +11,8 @@ ROOT = Path(antidiffusion.__file__).parent
 # From the top down: a module imports only from layers below its own, or from its own.
 LAYERS = [
     {"cli"},
-    {"batch", "demo"},
-    {"protection", "attacks", "sampling"},
+    {"batch", "demo", "defense_edit"},
+    {"protection", "attacks", "sampling", "purify"},
     {"metrics", "recipes"},
     {"optimize", "tune"},
     {"objectives"},

@@ -219,3 +219,13 @@ def test_a_tuned_embedding_reaches_the_answer(surrogate: Surrogate) -> None:
     answer = surrogate.predict(normal(2, 4, 8, 8), torch.tensor([3, 800]), Embedding(tokens, embedding.pooled))
     (slope,) = torch.autograd.grad(answer.square().sum(), tokens)
     assert slope.shape == (1, WINDOW, width(surrogate)) and slope.norm() > 0
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(surrogate: Surrogate) -> None:
+    room = surrogate.tokenizers[0].model_max_length - 2
+    prompt = " ".join(["red"] * room)
+    assert len(surrogate.tokenizers[0](prompt).input_ids) == room + 2  # one token a word: as long as fits
+    fits = surrogate.embed([prompt])
+    with pytest.warns(UserWarning, match=rf"at most {room} tokens, got \d+; cut off: 'green hat'"):
+        cut = surrogate.embed([f"{prompt} green hat"])
+    assert torch.equal(fits.tokens, cut.tokens)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.surrogate import Embedding, Surrogate
-from antidiffusion.tune import constant, denoising, fit, tunable
+from antidiffusion.surrogate import Embedding, Posterior, Surrogate
+from antidiffusion.tune import constant, denoising, drawn, fit, tunable
 
 OPTIONS = {"learning_rate": 0.1, "steps": 7}
 
@@ -173,3 +173,14 @@ def test_prompt_tuning_lowers_the_denoising_loss(mini: Surrogate, pixels) -> Non
     list(fit([embedding.tokens], loss, steps=50, learning_rate=1e-2, generator=Generator().manual_seed(0)))
     assert evaluate() < 0.98 * before
     assert isinstance(embedding, Embedding) and clean([embedding.tokens])
+
+
+def test_drawn_pictures_differ_within_a_step_and_between_steps() -> None:
+    mean = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 8)
+    sampler, generator = drawn(Posterior(mean, torch.zeros_like(mean)), 3), Generator().manual_seed(0)
+    steps = [{int(row[0, 0, 0]) for row in sampler(generator)} for _ in range(40)]
+    assert {len(step) for step in steps} == {3}
+    assert set.union(*steps) == set(range(5))
+    assert len(set(map(frozenset, steps))) > 5
+    assert len(drawn(Posterior(mean, mean), 9)(generator)) == 5
+    assert drawn(Posterior(mean, torch.ones_like(mean)), 9)(generator).std() > 1

@@ -60,19 +60,29 @@ def plan(inputs: Sequence[Path], output: Path | None) -> list[Job]:
         if source in folders:
             named = source if source.name not in ("", "..") else _real(source)
             folder = output or named.with_name(f"{named.name}-protected")
-            jobs += [Job(p, folder / p.relative_to(source).with_suffix(".png")) for p in _pictures(source)]
+            jobs += [Job(p, folder / p.relative_to(source).with_suffix(".png")) for p in pictures_in(source)]
         elif output and to_file:
             jobs.append(Job(source, lossless(output)))
         elif output:
             jobs.append(Job(source, output / f"{source.stem}.png"))
         else:
             jobs.append(Job(source, source.with_name(f"{source.stem}-protected.png")))
-    if not jobs:
-        raise ValueError(
-            f"expected pictures ({', '.join(sorted(READABLE))}), got none in {', '.join(map(str, inputs))}; "
-            "check the folder"
-        )
     return _distinct(jobs, folders)
+
+
+def pictures_in(path: Path) -> list[Path]:
+    """Return a file itself, or the pictures under a folder, but none with a dot before its or a folder's name.
+
+    Raises:
+        ValueError: If the folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = (file for file in path.rglob("*") if file.suffix.lower() in READABLE and file.is_file())
+    pictures = sorted(file for file in found if not any(n.startswith(".") for n in file.relative_to(path).parts))
+    if not pictures:
+        raise ValueError(f"expected pictures ({', '.join(sorted(READABLE))}), got none in {path}; check the folder")
+    return pictures
 
 
 def lossless(path: Path) -> Path:
@@ -160,12 +170,6 @@ def _sentence(job: Job, error: BaseException) -> str:
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         text = "expected enough memory, got none left; try --low-memory, --dtype bfloat16 or a smaller --side"
     return text if str(job.source) in text or str(job.target) in text else f"{job.source}: {text}"
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """Return the files under a folder that look like pictures, but none with a dot before its or a folder's name."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in READABLE and path.is_file())
-    return sorted(path for path in found if not any(n.startswith(".") for n in path.relative_to(folder).parts))
 
 
 def _real(path: Path) -> Path:

@@ -26,6 +26,14 @@ def views(batch: Sequence[Canvas]) -> Tensor:
     return torch.cat([canvas.view() for canvas in batch])
 
 
+def scatter(canvases: Sequence[Canvas], budget: Linf, generator: Generator) -> None:
+    """Set every perturbation, in place, to uniform noise in the budget: the random start of projected ascent."""
+    for canvas in canvases:
+        noise = torch.rand(canvas.delta.shape, generator=generator, device=generator.device)
+        canvas.delta.copy_((2 * noise - 1) * budget.radius)
+        budget.project_(canvas.delta, canvas.clean)
+
+
 def gradient(objective: Objective, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Return the objective's gradient at pictures `x: (B, 3, h, w)` and its values `(B,)`.
 

@@ -74,6 +74,51 @@ def unconditional(surrogate: Surrogate) -> Embedding:
     return Embedding(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
 
+def concatenate(*parts: tuple[Embedding, int]) -> Embedding:
+    """Join embeddings, each of batch 1 or of the number beside it, to one batch."""
+    tokens = torch.cat([embedding.tokens.expand(count, -1, -1) for embedding, count in parts])
+    pooled = [embedding.pooled.expand(count, -1) for embedding, count in parts if embedding.pooled is not None]
+    return Embedding(tokens, torch.cat(pooled) if pooled else None)
+
+
+def guided(
+    embedding: Embedding, surrogate: Surrogate, guidance: float | Tensor, count: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Prepare the UNet with classifier-free guidance; one call answers with and without the prompts.
+
+    Arguments:
+        embedding: Of the prompts, batch 1 or B.
+        surrogate: The model.
+        guidance: Scale for all or for each, `(B,)`. Entries of scale 1 are not guided; the answers without a prompt of
+            the others stand in the UNet's batch after all B.
+        count: B.
+
+    Returns:
+        Function of latents `(B, C, h, w)` and their step, `()` int64, that returns the UNet's answer `(B, C, h, w)`.
+    """
+    scale = torch.as_tensor(guidance, dtype=torch.float32, device=surrogate.device).expand(count)
+    chosen = (scale != 1).nonzero().flatten()
+    scale, total = scale[chosen, None, None, None], count + len(chosen)
+    if len(chosen):
+        embedding = concatenate((embedding, count), (unconditional(surrogate), len(chosen)))
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        answers = surrogate.predict(torch.cat([z, z[chosen]]), t.expand(total), embedding)
+        output, unguided = answers[:count], answers[count:]
+        return output.index_copy(0, chosen, unguided + scale * (output[chosen] - unguided))
+
+    return predict
+
+
+After = Callable[[int, Tensor], Tensor]
+"""Called after every step with the steps done and the latents; returns the latents to go on with."""
+
+
+def unchanged(done: int, z: Tensor) -> Tensor:
+    """Go on with the same latents."""
+    return z
+
+
 @torch.no_grad()
 def denoise(
     z: Tensor,
@@ -81,7 +126,8 @@ def denoise(
     embedding: Embedding,
     surrogate: Surrogate,
     *,
-    guidance: float,
+    guidance: float | Tensor,
+    after: After = unchanged,
     progress: Report = silent,
 ) -> Tensor:
     """Go from noisy latents down the given steps.
@@ -91,19 +137,15 @@ def denoise(
         timesteps: Steps of `surrogate.scheduler`, descending, `(S,)` int64, after its `set_timesteps`.
         embedding: Of the prompts, batch 1 or B.
         surrogate: The model.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
+        guidance: Scale of classifier-free guidance, for all or for each, `(B,)`; 1 turns it off.
+        after: Changes the latents after each step.
         progress: Called after each step.
 
     Returns:
         Clean latents `(B, C, h, w)` float32.
     """
-    empty = unconditional(surrogate) if guidance != 1 else None
+    predict = guided(embedding, surrogate, guidance, len(z))
     for done, t in enumerate(timesteps, 1):
-        step = t.expand(len(z))
-        output = surrogate.predict(z, step, embedding)
-        if empty is not None:
-            unguided = surrogate.predict(z, step, empty)
-            output = unguided + guidance * (output - unguided)
-        z = surrogate.scheduler.step(output, t, z).prev_sample
+        z = after(done, surrogate.scheduler.step(predict(z, t), t, z).prev_sample)
         progress(done, len(timesteps))
     return z

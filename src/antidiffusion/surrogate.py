@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,15 @@ class NoiseSchedule:
 def randn(shape: torch.Size | tuple[int, ...], generator: Generator, like: Tensor) -> Tensor:
     """Draw normal noise on the generator's device, so that every device sees the same numbers."""
     return torch.randn(shape, generator=generator, device=generator.device).to(like)
+
+
+def _warn_of_cuts(prompts: Sequence[str], tokenizer: Any) -> None:
+    room = tokenizer.model_max_length - 2  # begin and end of text
+    for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids:
+        if len(ids) > room:
+            cut = tokenizer.decode(ids[room:])
+            text = f"expected a prompt of at most {room} tokens, got {len(ids)}; cut off: {cut!r}; shorten the prompt"
+            warnings.warn(text, stacklevel=3)
 
 
 @contextmanager
@@ -237,7 +247,12 @@ class Surrogate:
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Embedding:
-        """Embed prompts `(B)`; text beyond the window is cut, as in diffusers."""
+        """Embed prompts `(B)`; text beyond the window is cut, as in diffusers, with a warning that names it."""
+        _warn_of_cuts(prompts, self.tokenizers[0])
+        return self.embed_with_gradient(prompts)
+
+    def embed_with_gradient(self, prompts: Sequence[str]) -> Embedding:
+        """Embed prompts `(B)` as a function of the text encoders' weights, which some attacks tune."""
         states, pooled = [], torch.empty(0)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(

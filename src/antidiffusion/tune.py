@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.surrogate import Embedding, Surrogate, saved
+from antidiffusion.surrogate import Embedding, Posterior, Surrogate, saved
 
 LORA_RANK = 8
+ADAPTER = "tuning"  # peft's name for ours
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # what diffusers' DreamBooth LoRA script adapts
 
 Loss = Callable[[Generator], Tensor]
@@ -69,6 +70,17 @@ def constant(z: Tensor) -> Sampler:
     return lambda generator: z
 
 
+def drawn(posterior: Posterior, count: int) -> Sampler:
+    """Return a sampler of at most `count` pictures of a posterior, other random ones at every call."""
+
+    def sampler(generator: Generator) -> Tensor:
+        rows = torch.randperm(len(posterior.mean), generator=generator, device=generator.device)[:count]
+        rows = rows.to(posterior.mean.device)
+        return Posterior(posterior.mean[rows], posterior.std[rows]).sample(generator)
+
+    return sampler
+
+
 def denoising(surrogate: Surrogate, samplers: Sequence[Sampler], embedding: Embedding) -> Loss:
     """Return the mean L_ldm over pictures whose latents come from samplers, one for each size of latent."""
 
@@ -83,51 +95,85 @@ def denoising(surrogate: Surrogate, samplers: Sequence[Sampler], embedding: Embe
     return loss
 
 
+def described(surrogate: Surrogate, samplers: Sequence[Sampler], prompt: str) -> Loss:
+    """Return `denoising` with the prompt embedded anew at every step: for parameters inside the text encoders."""
+    return lambda generator: denoising(surrogate, samplers, surrogate.embed_with_gradient([prompt]))(generator)
+
+
+@contextmanager
+def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let float32 weights be tuned inside the block and give them back unchanged, from a temporary file.
+
+    Raises:
+        ValueError: If weights are in half precision, where steps of 5e-7 vanish.
+    """
+    for dtype in {parameter.dtype for parameter in parameters} - {torch.float32}:
+        raise ValueError(f"expected float32 weights for full tuning, got {dtype}; use float32 or LoRA tuning")
+    with saved([parameter.data for parameter in parameters]) as load:
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, load(), strict=True):
+                parameter.data.copy_(data)
+
+
+@contextmanager
+def adapted(surrogate: Surrogate, rank: int = LORA_RANK, seed: int = 0) -> Iterator[list[Tensor]]:
+    """Give the UNet low-rank adapters inside the block and take them off again.
+
+    Arguments:
+        surrogate: The model; the same object is adapted.
+        rank: Of the adapters; their scale is 1.
+        seed: Decides the adapters' start.
+
+    Returns:
+        The adapters' matrices, float32 whatever the UNet's precision.
+
+    Raises:
+        ValueError: If the UNet has adapters already.
+    """
+    from peft import LoraConfig
+
+    unet = surrogate.unet
+    if getattr(unet, "peft_config", None):
+        raise ValueError(f"expected a UNet without adapters, got {', '.join(unet.peft_config)}; take them off first")
+    try:
+        with torch.random.fork_rng():  # peft draws the adapters' start from the global generator
+            torch.manual_seed(seed)
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS), ADAPTER)
+        adapters = [parameter for name, parameter in unet.named_parameters() if f".{ADAPTER}." in name]
+        for parameter in adapters:
+            parameter.data = parameter.data.float()
+        yield adapters
+    finally:
+        unet.unload_lora()
+        unet.requires_grad_(False)
+
+
 @contextmanager
 def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], float]]:
     """Make the UNet tunable inside the block and give it back unchanged.
 
     Arguments:
         surrogate: The model; the same object is tuned.
-        method: "full" tunes every weight of a float32 UNet and restores it from a temporary file afterwards; "lora"
-            tunes low-rank adapters in float32 and removes them; "auto" picks full for float32 UNets below 200 million
-            weights and LoRA otherwise.
+        method: "full" tunes every weight, see `restored`; "lora" tunes low-rank adapters, see `adapted`; "auto" picks
+            full for float32 UNets below 200 million weights and LoRA otherwise.
 
     Returns:
         The parameters to fit and the learning rate that suits them.
 
     Raises:
-        ValueError: If the method is unknown, or full tuning is asked of half precision, where steps of 5e-7 vanish.
+        ValueError: If the method is unknown, or full tuning is asked of half precision.
     """
-    unet = surrogate.unet
+    parameters = list(surrogate.unet.parameters())
     if method == "auto":
-        small = sum(parameter.numel() for parameter in unet.parameters()) < 2e8
+        small = sum(parameter.numel() for parameter in parameters) < 2e8
         method = "full" if small and surrogate.dtype == torch.float32 else "lora"
     if method == "full":
-        if surrogate.dtype != torch.float32:
-            raise ValueError(
-                f"expected float32 weights for full tuning, got {surrogate.dtype}; use float32 or LoRA tuning"
-            )
-        parameters = list(unet.parameters())
-        with saved([parameter.data for parameter in parameters]) as load:
-            try:
-                yield parameters, surrogate.learning_rate
-            finally:
-                for parameter, data in zip(parameters, load(), strict=True):
-                    parameter.data.copy_(data)
+        with restored(parameters):
+            yield parameters, surrogate.learning_rate
     elif method == "lora":
-        from peft import LoraConfig
-
-        with torch.random.fork_rng():  # peft draws the adapters' start from the global generator
-            torch.manual_seed(0)
-            unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_LAYERS), "tuning")
-        adapters = [parameter for name, parameter in unet.named_parameters() if ".tuning." in name]
-        for parameter in adapters:
-            parameter.data = parameter.data.float()
-        try:
+        with adapted(surrogate) as adapters:
             yield adapters, surrogate.lora_learning_rate
-        finally:
-            unet.unload_lora()
-            unet.requires_grad_(False)
     else:
         raise ValueError(f"expected full, lora or auto tuning, got {method!r}")

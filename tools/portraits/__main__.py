@@ -1,8 +1,9 @@
-"""Build the assets, render training pictures or held-out identities, merge what is there.
+"""Build the assets, render training pictures, held-out identities or edits, merge what is there.
 
     python -m portraits assets ASSETS
     python -m portraits train ASSETS OUT --count 12000 --workers 2
     python -m portraits identities ASSETS OUT --count 30 --pictures 12 --workers 2
+    python -m portraits edits ASSETS OUT --count 102
     python -m portraits merge OUT
 
 Rendering goes on where it was interrupted; `merge` makes a data set of the shards that an interrupted run left.
@@ -29,6 +30,10 @@ def parser() -> argparse.ArgumentParser:
     identities.add_argument("out", type=Path, metavar="OUT")
     identities.add_argument("--count", type=int, default=30, help="identities")
     identities.add_argument("--pictures", type=int, default=12, help="pictures of each")
+    edits = commands.add_parser("edits", help="render Defense-Edit-Synth: held-out portraits, edits, results and masks")
+    edits.add_argument("assets", type=Path, metavar="ASSETS")
+    edits.add_argument("out", type=Path, metavar="OUT")
+    edits.add_argument("--count", type=int, default=102, help="edits")
     for command in (train, identities):
         command.add_argument("--workers", type=int, default=2, help="processes, one a core")
     merge = commands.add_parser("merge", help="make a data set of the shards in OUT/shards")
@@ -61,6 +66,10 @@ def main() -> None:
 
         report = progress(-(-options.count // SHARD), "shards")
         render_training(options.assets, options.out, options.count, options.workers, report)
+    elif options.command == "edits":
+        from portraits.edits import render_edits
+
+        render_edits(options.assets, options.out, options.count, progress(options.count, "edits"))
     else:
         from portraits.dataset import render_identities
 

@@ -51,8 +51,8 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
-def embed_each(texts: Texts, count: int, surrogate: Surrogate) -> Embedding:
-    """Embed one text for all pictures (batch 1) or one for each (batch `count`).
+def one_or_each(texts: Texts, count: int) -> list[str]:
+    """Return the one text for all pictures or the texts for each.
 
     Raises:
         ValueError: If there is another number of texts.
@@ -60,4 +60,19 @@ def embed_each(texts: Texts, count: int, surrogate: Surrogate) -> Embedding:
     texts = [texts] if isinstance(texts, str) else list(texts)
     if len(texts) not in (1, count):
         raise ValueError(f"expected one text, or one for each of {count} pictures, got {len(texts)}")
-    return surrogate.embed(texts)
+    return texts
+
+
+def embed_each(texts: Texts, count: int, surrogate: Surrogate) -> Embedding:
+    """Embed one text for all pictures (batch 1) or one for each (batch `count`).
+
+    Raises:
+        ValueError: If there is another number of texts.
+    """
+    return surrogate.embed(one_or_each(texts, count))
+
+
+def check_strength(name: str, strength: float, steps: int) -> None:
+    """Raise ValueError unless a share of the steps is in (0, 1] and one step at least."""
+    if not 0 < strength <= 1 or int(steps * strength) < 1:
+        raise ValueError(f"expected a {name} in (0, 1] that runs a step, got {strength} of {steps} steps; try 0.5")

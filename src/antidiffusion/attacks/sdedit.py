@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts, embed_each
+from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.sampling import Report, check_size, denoise, silent
 from antidiffusion.surrogate import Surrogate, randn
 
@@ -32,10 +32,7 @@ class SDEdit:
     steps: int = 50
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1 or int(self.steps * self.strength) < 1:
-            raise ValueError(
-                f"expected a strength in (0, 1] that runs a step, got {self.strength} of {self.steps} steps; try 0.5"
-            )
+        check_strength("strength", self.strength, self.steps)
 
     @torch.no_grad()
     def __call__(

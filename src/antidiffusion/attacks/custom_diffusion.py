@@ -1,0 +1,64 @@
+"""Custom Diffusion: tune the keys and values of cross-attention to a few photos of one person.
+
+References:
+    Multi-Concept Customization of Text-to-Image Diffusion, Kumari et al., 2023, arXiv 2212.04488
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from antidiffusion.attacks.tuned import Task, Training, Tuning
+from antidiffusion.surrogate import Surrogate
+from antidiffusion.tune import denoising, drawn, restored
+
+FILE = "pytorch_custom_diffusion_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class CustomDiffusion(Tuning):
+    """Tune what the UNet reads from the text, in float32; the defaults are the paper's for one concept.
+
+    Neither a modifier token nor regularisation pictures are used: the prompt's rare word does for the one.
+
+    Saves `pytorch_custom_diffusion_weights.safetensors` in diffusers' format, which a stock pipeline loads with
+    `pipe.unet.load_attn_procs(folder, weight_name="pytorch_custom_diffusion_weights.safetensors", _pipeline=pipe)`.
+    Without `_pipeline`, diffusers 0.42 reads the file and drops it.
+
+    Arguments:
+        learning_rate: None for the surrogate's `lora_learning_rate`, for Stable Diffusion near the paper's 8e-5.
+    """
+
+    steps: int = 250
+    batch_size: int = 8
+
+    @contextmanager
+    def _training(self, task: Task, surrogate: Surrogate) -> Iterator[Training]:
+        loss = denoising(surrogate, [drawn(task.posterior, self.batch_size)], task.embedding)
+        parameters = list(keys_and_values(surrogate).values())
+        with restored(parameters):
+            rate = self.learning_rate or surrogate.lora_learning_rate
+            yield Training(parameters, rate, loss, partial(save, surrogate))
+
+
+def keys_and_values(surrogate: Surrogate) -> dict[str, Tensor]:
+    """Return the projections of the text by name, each `(d_out, d_text)`."""
+    ends = ("attn2.to_k.weight", "attn2.to_v.weight")
+    return {name: value for name, value in surrogate.unet.named_parameters() if name.endswith(ends)}
+
+
+def save(surrogate: Surrogate, folder: Path) -> None:
+    """Write the projections under the names of diffusers' attention processors."""
+    from safetensors.torch import save_file
+
+    # diffusers takes an empty entry for an attention that keeps its weights, and wants one for every attention.
+    state = {name: torch.empty(0) for name in surrogate.unet.attn_processors if name.endswith("attn1.processor")}
+    for name, value in keys_and_values(surrogate).items():
+        attention, projection, _ = name.rsplit(".", 2)
+        state[f"{attention}.processor.{projection}_custom_diffusion.weight"] = value.detach().contiguous()
+    save_file(state, folder / FILE, {"format": "pt"})

@@ -1,0 +1,126 @@
+"""DiffEdit: find where two texts disagree about a picture, and redraw only there.
+
+References:
+    DiffEdit: Diffusion-based Semantic Image Editing with Mask Guidance, Couairon et al., 2022, arXiv 2210.11427
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.base import Prompts, check_strength, embed_each
+from antidiffusion.attacks.inversion import invert
+from antidiffusion.sampling import Report, check_size, denoise, silent
+from antidiffusion.surrogate import Embedding, Posterior, Surrogate, randn
+
+
+@dataclass(frozen=True)
+class DiffEdit:
+    """Edit what `prompts.target` says and `prompts.source`, which may stay empty, does not; `base.Attack`'s call.
+
+    The picture is inverted with the source text. The seed draws the mask's noise, then the posterior's.
+
+    Arguments:
+        strength: Share of the steps that are inverted and redrawn, in (0, 1]: the paper's encoding ratio.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        steps: Steps of the full DDIM trajectory; `strength` of them are run in each direction.
+        mask_strength: Share of the noising at which the texts are compared, in (0, 1].
+        mask_threshold: Redraw where the difference is more than this multiple of the picture's mean. diffusers
+            halves the range up to three times the mean.
+        maps: Draws of noise that the difference is averaged over.
+    """
+
+    strength: float = 0.8
+    guidance: float = 7.5
+    steps: int = 50
+    mask_strength: float = 0.5
+    mask_threshold: float = 1.5
+    maps: int = 10
+
+    def __post_init__(self) -> None:
+        check_strength("strength", self.strength, self.steps)
+        check_strength("mask_strength", self.mask_strength, self.steps)
+        if not self.mask_threshold > 0:
+            raise ValueError(f"expected a positive mask_threshold, got {self.mask_threshold}; try 1.5")
+        if self.maps < 1:
+            raise ValueError(f"expected at least 1 map, got {self.maps}; try 10")
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+    ) -> Tensor:
+        check_size(x.shape[-2], x.shape[-1], surrogate)
+        source, target = (embed_each(texts, len(x), surrogate) for texts in (prompts.source, prompts.target))
+        generator = Generator().manual_seed(seed)
+        surrogate.scheduler.set_timesteps(self.steps, device=surrogate.device)
+        first, mask_first = (self.steps - int(self.steps * share) for share in (self.strength, self.mask_strength))
+        timesteps = surrogate.scheduler.timesteps[first:]
+        total = self.maps + 2 * len(timesteps)
+
+        def part(before: int) -> Report:
+            return lambda done, _: progress(before + done, total)
+
+        posterior = surrogate.posterior(x)
+        contrast = difference(
+            posterior,
+            surrogate.scheduler.timesteps[mask_first],
+            source,
+            target,
+            surrogate,
+            generator,
+            maps=self.maps,
+            progress=part(0),
+        )
+        mask = (contrast > self.mask_threshold * contrast.mean((1, 2, 3), keepdim=True)).float()
+        z = posterior.sample(generator)
+        trajectory = invert(z, timesteps, source, surrogate, progress=part(self.maps))
+        z = denoise(
+            trajectory[0],
+            timesteps,
+            target,
+            surrogate,
+            guidance=self.guidance,
+            after=lambda done, z: mask * z + (1 - mask) * trajectory[done],
+            progress=part(self.maps + len(timesteps)),
+        )
+        return surrogate.decode(z)
+
+
+@torch.no_grad()
+def difference(
+    posterior: Posterior,
+    t: Tensor,
+    source: Embedding,
+    target: Embedding,
+    surrogate: Surrogate,
+    generator: Generator,
+    *,
+    maps: int = 10,
+    progress: Report = silent,
+) -> Tensor:
+    """Measure how much the UNet's answers to two texts differ at every place; guidance would only scale it.
+
+    Arguments:
+        posterior: Of the pictures, `(B, C, h, w)`.
+        t: Step at which the UNet is asked, `()` int64.
+        source, target: What to compare, each batch 1 or B.
+        surrogate: The model.
+        generator: Draws the latents, then the noise.
+        maps: Draws for each picture.
+        progress: Called after each draw.
+
+    Returns:
+        Mean absolute difference over channels and draws, `(B, 1, h, w)`.
+    """
+    count = len(posterior.mean)
+    many = Posterior(*(tensor.repeat_interleave(maps, 0) for tensor in (posterior.mean, posterior.std)))
+    z = many.sample(generator)
+    steps = t.expand(count)
+    z = surrogate.schedule.add_noise(z, randn(z.shape, generator, z), t.expand(len(z))).unflatten(0, (count, maps))
+    total = torch.zeros_like(z[:, 0, :1])
+    for done in range(maps):
+        answers = [surrogate.predict(z[:, done], steps, text) for text in (source, target)]
+        total += (answers[1] - answers[0]).abs().mean(1, keepdim=True)
+        progress(done + 1, maps)
+    return total / maps

@@ -1,0 +1,85 @@
+"""Masked inpainting with an ordinary model: the picture, noised, is put back outside the mask after every step.
+
+References:
+    Blended Diffusion for Text-driven Editing of Natural Images, Avrahami et al., 2022, arXiv 2111.14818
+    High-Resolution Image Synthesis with Latent Diffusion Models, Rombach et al., 2022, arXiv 2112.10752
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.base import Prompts, check_strength, embed_each
+from antidiffusion.sampling import Report, check_size, denoise, silent
+from antidiffusion.surrogate import Surrogate, randn
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """Redraw where `prompts.mask` is at least 0.5, as diffusers' inpainting pipelines do with a UNet of four channels.
+
+    The call is `base.Attack`'s. The seed draws the posterior's noise, then the added noise.
+
+    Arguments:
+        strength: Share of the noising that is undone, in (0, 1]; 1 forgets what was under the mask.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        steps: Steps of the full DDIM trajectory; `strength` of them are run.
+        paste: Put the picture's own pixels back outside the mask; without, they have passed the autoencoder.
+    """
+
+    strength: float = 1.0
+    guidance: float = 7.5
+    steps: int = 50
+    paste: bool = False
+
+    def __post_init__(self) -> None:
+        check_strength("strength", self.strength, self.steps)
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+    ) -> Tensor:
+        check_size(x.shape[-2], x.shape[-1], surrogate)
+        region = binary_mask(prompts.mask, x)
+        mask = F.interpolate(region, scale_factor=1 / surrogate.factor)
+        embedding = embed_each(prompts.target, len(x), surrogate)
+        generator = Generator().manual_seed(seed)
+        surrogate.scheduler.set_timesteps(self.steps, device=surrogate.device)
+        timesteps = surrogate.scheduler.timesteps[self.steps - int(self.steps * self.strength) :]
+        clean = surrogate.encode(x, generator)
+        noise = randn(clean.shape, generator, clean)
+
+        def noised(done: int) -> Tensor:
+            if done == len(timesteps):
+                return clean
+            return surrogate.schedule.add_noise(clean, noise, timesteps[done].expand(len(x)))
+
+        z = denoise(
+            noise if self.strength == 1 else noised(0),
+            timesteps,
+            embedding,
+            surrogate,
+            guidance=self.guidance,
+            after=lambda done, z: (1 - mask) * noised(done) + mask * z,
+            progress=progress,
+        )
+        edited = surrogate.decode(z)
+        return region * edited + (1 - region) * x if self.paste else edited
+
+
+def binary_mask(mask: Tensor | None, x: Tensor) -> Tensor:
+    """Return 1 where the mask is at least 0.5 and 0 elsewhere, `(1, 1, H, W)` or `(B, 1, H, W)` as x.
+
+    Raises:
+        ValueError: If there is no mask, or it does not fit x.
+    """
+    shapes = [(count, 1, *x.shape[-2:]) for count in (1, len(x))]
+    if mask is None:
+        raise ValueError(f"expected a mask to redraw in, got none; set Prompts.mask, {shapes[0]}, 1 to redraw")
+    if mask.shape not in shapes:
+        raise ValueError(f"expected a mask of {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}; resize it as x")
+    if not (mask.min() >= 0 and mask.max() <= 1):  # so that NaN fails too
+        raise ValueError(f"expected a mask in [0, 1], got {mask.min():.3g} to {mask.max():.3g}; divide by 255")
+    return (mask >= 0.5).to(x)

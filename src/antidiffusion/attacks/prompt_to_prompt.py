@@ -1,0 +1,192 @@
+"""Prompt-to-Prompt: redraw a picture from its inversion with the attention maps of the words it shares with the edit.
+
+References:
+    Prompt-to-Prompt Image Editing with Cross Attention Control, Hertz et al., 2022, arXiv 2208.01626
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antidiffusion.attacks.base import Prompts, one_or_each
+from antidiffusion.attacks.inversion import check_settings, edit_beside_source
+from antidiffusion.attention import EditingProcessor, cross_attention_layers, processed, self_attention_layers
+from antidiffusion.sampling import Report, silent
+from antidiffusion.surrogate import Surrogate
+
+PIECE = re.compile(r"[^\s,.;:!?]+|[,.;:!?]+")
+STAGES = ("down_blocks.", "mid_block.", "up_blocks.")
+Word = tuple[str, range]
+"""A word in lower case and the positions of its tokens."""
+
+
+@dataclass(frozen=True)
+class PromptToPrompt:
+    """Change words of `prompts.source`, which says what the pictures show; the call is `base.Attack`'s.
+
+    Words that both texts have keep the source's cross-attention maps (the paper's refinement). Where as many words
+    stand in the place of others, each takes the map of the one it replaces (word swap). Added words keep their own.
+
+    Arguments:
+        cross_replace: Share of the steps in which cross-attention maps come from the source and are reweighted.
+        self_replace: Share of the steps in which self-attention maps come from the source, in the layers of at most
+            half the latent's side.
+        reweight: Words of the target and what their attention is multiplied by, such as `(("smiling", 2.0),)`.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        steps: DDIM steps in each direction.
+    """
+
+    cross_replace: float = 0.8
+    self_replace: float = 0.4
+    reweight: tuple[tuple[str, float], ...] = ()
+    guidance: float = 7.5
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        check_settings(self.steps, {"cross_replace": self.cross_replace, "self_replace": self.self_replace})
+
+    def __call__(
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+    ) -> Tensor:
+        unet, count, tokenizer = surrogate.unet, len(x), surrogate.tokenizers[0]
+        sources, targets = (
+            [words(text, tokenizer) for text in one_or_each(texts, count)] for texts in (prompts.source, prompts.target)
+        )
+        if not all(sources):
+            raise ValueError("expected a source text that says what the picture shows, got none; set Prompts.source")
+        pairs = zip(sources * (count // len(sources)), targets * (count // len(targets)), strict=True)
+        window = tokenizer.model_max_length
+        mapping = torch.stack([correspondence(*pair, window) for pair in pairs]).to(x)
+        factors = reweighted(targets, self.reweight, window).to(x)
+        coarse = x.shape[-2] * x.shape[-1] // surrogate.factor**2 // 4
+        controls = [
+            (self.cross_replace, cross_attention_layers(unet, STAGES), inject_cross(mapping, factors)),
+            (self.self_replace, self_attention_layers(unet), inject_self(count, coarse)),
+        ]
+        ends = [(round(share * self.steps), layers, processor) for share, layers, processor in controls]
+
+        @contextmanager
+        def controlled(until: int) -> Iterator[None]:
+            with ExitStack() as stack:
+                for end, layers, processor in ends:
+                    if until <= end:
+                        stack.enter_context(processed(unet, layers, processor))
+                yield
+
+        return edit_beside_source(
+            x,
+            prompts,
+            surrogate,
+            seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            phases=[(until, controlled(until)) for until in sorted({self.steps, *(end for end, *_ in ends)})],
+            progress=progress,
+        )
+
+
+def inject_cross(mapping: Tensor, factors: Tensor) -> EditingProcessor:
+    """Give targets the cross-attention maps of their sources.
+
+    Arguments:
+        mapping: See `correspondence`, `(B, L, L)`; a target's token that it maps nothing to keeps its own map.
+        factors: What the targets' attention to each token is multiplied by, `(B, L)` or `(1, L)`.
+
+    Returns:
+        Processor for the batch of `edit_beside_source`.
+    """
+    count = len(mapping)
+    mapping, factors = mapping[:, None], factors[:, None, None]
+    own = (mapping.sum(-2, keepdim=True) == 0).to(mapping)
+
+    def edit(maps: Tensor) -> Tensor:
+        source, target, unguided = maps[:count], maps[count : 2 * count], maps[2 * count :]
+        return torch.cat([source, (source @ mapping + target * own) * factors, unguided])
+
+    return EditingProcessor(edit)
+
+
+def inject_self(count: int, coarse: int) -> EditingProcessor:
+    """Give targets the self-attention maps of their sources, in layers of at most `coarse` positions."""
+
+    def edit(maps: Tensor) -> Tensor:
+        return torch.cat([maps[:count], maps[:count], maps[2 * count :]])
+
+    return EditingProcessor(edit, lambda positions: positions <= coarse)
+
+
+def words(text: str, tokenizer: Any) -> list[Word]:
+    """Cut a text into words and punctuation, with the positions of their tokens in the embedding.
+
+    Arguments:
+        text: What is embedded.
+        tokenizer: CLIP's, which never joins words; it starts with one token that begins the text.
+
+    Returns:
+        The words; positions beyond the window are left out.
+    """
+    found, start = list[Word](), 1
+    for word in text.lower().split():
+        pieces = PIECE.findall(word)
+        lengths = [len(ids) for ids in tokenizer([word, *pieces], add_special_tokens=False).input_ids]
+        if lengths[0] != sum(lengths[1:]):  # such as a name that was added to the tokenizer
+            pieces, lengths = [word], [0, lengths[0]]
+        for piece, length in zip(pieces, lengths[1:], strict=True):
+            end = min(start + length, tokenizer.model_max_length - 1)
+            found.append((piece, range(min(start, end), end)))
+            start = end
+    return found
+
+
+def correspondence(source: Sequence[Word], target: Sequence[Word], window: int) -> Tensor:
+    """Say which of the source's tokens each of the target's takes its attention from.
+
+    Words are aligned; a word takes the attention of its counterpart token by token, or the sum in equal parts if
+    they have different numbers of tokens. Begin and end of text, and padding at the same position, correspond.
+
+    Arguments:
+        source, target: As `words` returns them.
+        window: L, the positions of an embedding.
+
+    Returns:
+        Weights `(L, L)` float32 from the source's tokens (rows) to the target's (columns).
+    """
+    mapping = torch.zeros(window, window)
+    ends = [text[-1][1].stop if text else 1 for text in (source, target)]
+    mapping[0, 0] = mapping[ends[0], ends[1]] = 1
+    padding = torch.arange(max(ends) + 1, window)
+    mapping[padding, padding] = 1
+    matcher = SequenceMatcher(None, [word for word, _ in source], [word for word, _ in target], autojunk=False)
+    for _, first, last, start, stop in matcher.get_opcodes():
+        if last - first == stop - start:  # equal, or as many other words
+            for (_, old), (_, new) in zip(source[first:last], target[start:stop], strict=True):
+                for number, column in enumerate(new):
+                    if len(old) == len(new):
+                        mapping[old[number], column] = 1
+                    else:
+                        mapping[old.start : old.stop, column] = 1 / len(new)
+    return mapping
+
+
+def reweighted(targets: Sequence[Sequence[Word]], weights: Sequence[tuple[str, float]], window: int) -> Tensor:
+    """Return what attention to each token is multiplied by, `(B, L)` float32 for B texts.
+
+    Raises:
+        ValueError: If no text has one of the words.
+    """
+    factors = torch.ones(len(targets), window)
+    for wanted, factor in weights:
+        places = [
+            (row, positions) for row, text in enumerate(targets) for word, positions in text if word == wanted.lower()
+        ]
+        if not places:
+            raise ValueError(f"expected words of the target in reweight, got {wanted!r}; name a word that it has")
+        for row, positions in places:
+            factors[row, positions.start : positions.stop] = factor
+    return factors

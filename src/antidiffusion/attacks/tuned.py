@@ -1,0 +1,225 @@
+"""What the tuning attacks share: fit to pictures, then draw with the tuned model or save it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.base import Prompts, Texts
+from antidiffusion.sampling import Report, check_size, sample, silent
+from antidiffusion.surrogate import Embedding, Posterior, Surrogate
+from antidiffusion.tune import Loss, fit
+
+
+@dataclass
+class Tuned:
+    """A surrogate inside the block in which it is tuned.
+
+    Arguments:
+        surrogate: The tuned model; edits that are given it inside the block are edits with the tuned model.
+        losses: The loss before every step of the tuning.
+        size: Height and width in pixels of the pictures it was tuned to.
+        write: Saves what was tuned in a folder that exists.
+    """
+
+    surrogate: Surrogate
+    losses: list[float]
+    size: tuple[int, int]
+    write: Callable[[Path], None] = field(repr=False)
+    open: bool = True
+
+    def sample(
+        self, prompts: Texts, seed: int, *, steps: int = 50, guidance: float = 7.5, progress: Report = silent
+    ) -> Tensor:
+        """Draw one picture `(B, 3, H, W)` in [0, 1] for each text, of the size of the pictures it was tuned to.
+
+        Raises:
+            ValueError: If there is no text.
+            RuntimeError: If the block was left.
+        """
+        self._check()
+        texts = some_texts(prompts)
+        options: Any = {"steps": steps, "guidance": guidance, "size": self.size, "progress": progress}
+        return sample(texts, self.surrogate, Generator().manual_seed(seed), **options)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was tuned as diffusers reads it, safetensors only; each attack says the format.
+
+        Raises:
+            RuntimeError: If the block was left.
+        """
+        self._check()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.write(Path(folder))
+
+    def _check(self) -> None:
+        if not self.open:
+            raise RuntimeError("expected a tuned model, got one whose weights were restored; stay inside the block")
+
+
+class Task(NamedTuple):
+    """What a surrogate is tuned to.
+
+    Arguments:
+        posterior: Of the pictures, `(B, C, h, w)`.
+        prompt, embedding: The text they are tuned to, and what the untuned model makes of it, batch 1.
+        generator: Source of every draw.
+        report: Called with the number of steps done before the tuning starts.
+    """
+
+    posterior: Posterior
+    prompt: str
+    embedding: Embedding
+    generator: Generator
+    report: Callable[[int], None]
+
+
+class Training(NamedTuple):
+    """What one attack fits: leaf tensors, AdamW's step size, the loss, and how the result is saved."""
+
+    parameters: Sequence[Tensor]
+    learning_rate: float
+    loss: Loss
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A tuning attack; the call is `base.Attack`'s.
+
+    The seed draws everything in the tuning, and again the noise of the pictures drawn with the tuned model.
+
+    Arguments:
+        steps: Steps of AdamW.
+        learning_rate: Of AdamW; None for what the attack names.
+        batch_size: Pictures in a step, drawn at random without repetition; all if there are fewer.
+        guidance: Scale of classifier-free guidance in drawing; 1 turns it off.
+        sampling_steps: DDIM steps of drawing.
+        gradient_checkpointing: Recompute the UNet's activations in the backward pass: less memory, more time.
+    """
+
+    steps: int = 1000
+    learning_rate: float | None = None
+    batch_size: int = 1
+    guidance: float = 7.5
+    sampling_steps: int = 50
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sampling_steps"):
+            at_least_one(name, getattr(self, name))
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}; None is the default")
+
+    def __call__(
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+    ) -> Tensor:
+        before = self.steps + self._steps_before
+        total = before + self.sampling_steps
+        targets = some_texts(prompts.target)
+        sources = [prompts.source] if isinstance(prompts.source, str) else list(prompts.source)
+        if len(sources) != 1:
+            raise ValueError(f"expected one source text that all pictures are tuned to, got {len(sources)}")
+        tuned = self.tuned(x, sources[0], surrogate, seed, progress=lambda done, _: progress(done, total))
+        with tuned as model:
+            options: Any = {"steps": self.sampling_steps, "guidance": self.guidance}
+            return model.sample(targets, seed, progress=lambda done, _: progress(before + done, total), **options)
+
+    @contextmanager
+    def tuned(
+        self, x: Tensor, prompt: str, surrogate: Surrogate, seed: int, *, progress: Report = silent
+    ) -> Iterator[Tuned]:
+        """Tune the surrogate for a block; its weights are afterwards what they were.
+
+        Arguments:
+            x: Pictures `(B, 3, H, W)` float32 in [0, 1], sides multiples of `surrogate.multiple`.
+            prompt: The text they are tuned to, for example "a photo of sks person".
+            surrogate: The model; the same object is tuned.
+            seed: Decides every random draw.
+            progress: Called after every step.
+
+        Raises:
+            ValueError: If the pictures, the text or a setting do not fit.
+        """
+        check_pictures(x, surrogate)
+        if not prompt.strip():
+            raise ValueError("expected a text that the pictures are tuned to, got none; try 'a photo of sks person'")
+        generator, before = Generator().manual_seed(seed), self._steps_before
+        total, losses = before + self.steps, list[float]()
+        embedding = surrogate.embed([prompt])
+        with torch.no_grad():
+            posterior = surrogate.posterior(x)
+        task = Task(posterior, prompt, embedding, generator, lambda done: progress(done, total))
+        with self._training(task, surrogate) as (parameters, learning_rate, loss, write):
+            options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
+            with checkpointed(surrogate.unet, self.gradient_checkpointing):
+                for value in fit(parameters, loss, **options):
+                    losses.append(value)
+                    progress(before + len(losses), total)
+            model = Tuned(surrogate, losses, (x.shape[-2], x.shape[-1]), write)
+            try:
+                yield model
+            finally:
+                model.open = False
+
+    @property
+    def _steps_before(self) -> int:
+        """Steps reported before the tuning starts."""
+        return 0
+
+    def _training(self, task: Task, surrogate: Surrogate) -> AbstractContextManager[Training]:
+        """Make the attack's parameters tunable inside a block that gives the surrogate back unchanged."""
+        raise NotImplementedError
+
+
+def some_texts(texts: Texts) -> list[str]:
+    """Return one text or several as a list; raise ValueError for none."""
+    if not (listed := [texts] if isinstance(texts, str) else list(texts)):
+        raise ValueError("expected at least one text to draw, got none; give the target prompts")
+    return listed
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Raise ValueError for a count below 1."""
+    if value < 1:
+        raise ValueError(f"expected {name} of at least 1, got {value}")
+
+
+def check_pictures(x: Tensor, surrogate: Surrogate) -> None:
+    """Raise ValueError unless x is a batch of pictures `(B, 3, H, W)` in [0, 1] of a size the model can take."""
+    if x.ndim != 4 or x.shape[1] != 3 or not len(x):
+        raise ValueError(f"expected at least one picture, (B, 3, H, W), got {tuple(x.shape)}; stack RGB pictures")
+    check_size(x.shape[-2], x.shape[-1], surrogate)
+    if not (x.min() >= 0 and x.max() <= 1):  # so that NaN fails too
+        raise ValueError(f"expected pixels in [0, 1], got {x.min():.3g} to {x.max():.3g}; divide by 255")
+
+
+@contextmanager
+def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
+    """Recompute activations in the backward pass inside the block, if wanted; a flag set outside stays set."""
+    switch = wanted and not unet.is_gradient_checkpointing
+    try:
+        if switch:
+            unet.enable_gradient_checkpointing()
+        yield
+    finally:
+        if switch:
+            unet.disable_gradient_checkpointing()
+
+
+def pipeline(surrogate: Surrogate) -> Any:
+    """Wrap the surrogate's own modules in diffusers' text-to-image pipeline; nothing is copied but the scheduler."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
+    parts["scheduler"] = DDIMScheduler.from_config(surrogate.scheduler.config)  # pipelines correct its settings
+    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
+        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
+    if len(surrogate.text_encoders) == 2:
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    extras = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return StableDiffusionPipeline(**parts, **extras, requires_safety_checker=False)

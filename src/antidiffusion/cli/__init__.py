@@ -1,0 +1,17 @@
+"""The command line. It parses, calls the functions of the package, and prints; nothing else."""
+
+import sys
+from io import TextIOWrapper
+
+from antidiffusion.cli import attacking, protecting
+from antidiffusion.cli.shared import app
+
+__all__ = ["app", "attacking", "main", "protecting"]
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text in the terminal's encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

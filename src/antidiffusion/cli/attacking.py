@@ -1,0 +1,169 @@
+"""`antidiffusion sample`, `edit` and `attack`: the misuse, to see and to measure what a protection does to it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from antidiffusion.cli import shared
+from antidiffusion.cli.shared import MAX_SEED, DType, app, progress_bar, usage, with_options
+
+Report = Callable[[int, int], None]  # sampling.Report, which would import torch
+Output = Annotated[Path, typer.Option("--output", "-o", help="PNG file; several pictures stand side by side.")]
+Model = Annotated[str, typer.Option(help="Hub id, diffusers folder, .safetensors file, or mini.")]
+ModelConfig = Annotated[str | None, typer.Option(help="Diffusers folder or hub id with a single file's configuration.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[DType, typer.Option(help="Precision of the model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1 turns it off.")]
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture is drawn for each.")],
+    output: Output,
+    model: Model = "mini",
+    model_config: ModelConfig = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 5,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw what a model makes of prompts: what an attacker would see."""
+    with usage():
+        from torch import Generator
+
+        from antidiffusion.sampling import sample as sampled
+
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
+        with _reporting("drawing") as progress:
+            options: dict[str, Any] = {"steps": steps, "guidance": guidance, "progress": progress}
+            x = sampled(prompts, surrogate, Generator().manual_seed(seed), **options)
+        _write(x, output, overwrite)
+    print(output)
+
+
+@app.command()
+def edit(
+    method: Annotated[str, typer.Argument(help="sdedit, inpaint, diffedit, masactrl or prompt-to-prompt.")],
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE")],
+    prompt: Annotated[str, typer.Option(help="What the edited picture should show.")],
+    output: Output,
+    source_prompt: Annotated[str, typer.Option(help="What the picture shows; for methods that invert it.")] = "",
+    mask: Annotated[Path | None, typer.Option(help="Picture of the same size, white where inpaint redraws.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the noising, in (0, 1].")] = None,
+    guidance: Guidance = None,
+    steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
+    model: Model = "mini",
+    model_config: ModelConfig = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Edit a picture with a sentence, as an attacker would: compare a photo with its protected copy."""
+    with usage():
+        from antidiffusion.attacks import EDITS
+        from antidiffusion.attacks.base import Prompts
+        from antidiffusion.attacks.pictures import fitted, fitted_mask
+        from antidiffusion.picture import Picture
+
+        chosen = _choose(EDITS, method, {"--strength": strength, "--guidance": guidance, "--steps": steps})
+        if (mask is not None) != (method == "inpaint"):
+            raise ValueError("expected --mask with inpaint and with no other method; give it or leave it out")
+        original = Picture.read(picture)
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
+        region = None if mask is None else fitted_mask(Picture.read(mask), original, surrogate)
+        with _reporting(f"editing with {method}") as progress:
+            request = Prompts(prompt, source_prompt, region)
+            x = chosen(fitted(original, surrogate), request, surrogate, seed, progress=progress)
+        _write(x, output, overwrite)
+    print(output)
+
+
+@app.command()
+def attack(
+    method: Annotated[str, typer.Argument(help="dreambooth, lora, textual-inversion or custom-diffusion.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Pictures of one person, or folders.")],
+    prompt: Annotated[str, typer.Option(help="The text that the person is tuned to.")],
+    output: Output,
+    draw: Annotated[
+        list[str] | None,
+        typer.Option("--sample", help="Draw this with the tuned model; repeatable. Default: --prompt."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the tuned weights, in diffusers' format.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of LoRA's matrices.")] = None,
+    class_prompt: Annotated[str | None, typer.Option(help="Prior preservation: what others are called.")] = None,
+    guidance: Guidance = None,
+    model: Model = "mini",
+    model_config: ModelConfig = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = DType.auto,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune a model on a person's pictures and draw, as an attacker would."""
+    with usage():
+        import torch
+
+        from antidiffusion.attacks import TUNINGS
+        from antidiffusion.attacks.pictures import squared
+        from antidiffusion.batch import expect_new, pictures_in
+        from antidiffusion.picture import Picture
+
+        options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
+        options |= {"--class-prompt": class_prompt, "--guidance": guidance}
+        chosen = _choose(TUNINGS, method, options)
+        files = [file for path in pictures for file in pictures_in(path)]
+        originals = [Picture.read(file) for file in files]
+        if save is not None:
+            expect_new(save, overwrite=overwrite)
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
+        x = torch.cat([squared(original, surrogate) for original in originals])
+        with (
+            _reporting(f"tuning with {method}") as progress,
+            chosen.tuned(x, prompt, surrogate, seed, progress=progress) as tuned,
+        ):
+            drawn = tuned.sample(draw or [prompt], seed, progress=progress)
+            if save is not None:
+                tuned.save(save)
+        _write(drawn, output, overwrite)
+    print(output)
+
+
+def _choose(methods: dict[str, Any], name: str, options: dict[str, Any]) -> Any:
+    if name not in methods:
+        raise ValueError(f"expected a method of {', '.join(methods)}, got {name!r}; check the spelling")
+    return with_options(methods[name], name, options)
+
+
+@contextmanager
+def _reporting(name: str) -> Iterator[Report]:
+    """Show a bar; gives the function that moves it."""
+    with progress_bar() as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _prepare(output: Path, overwrite: bool, model: str, config: str | None, device: str, dtype: DType) -> Any:
+    """Check that the output can be written before the work begins, then load the model."""
+    from antidiffusion.batch import expect_new, lossless, make_writable
+
+    expect_new(lossless(output), overwrite=overwrite)
+    make_writable(output.parent)
+    return shared.load_surrogate(model, config, device, dtype)
+
+
+def _write(x: Any, output: Path, overwrite: bool) -> None:
+    """Write pictures `(B, 3, H, W)` in [0, 1] side by side."""
+    from antidiffusion.picture import Picture
+
+    strip = x.permute(2, 0, 3, 1).flatten(1, 2)  # (H, B W, 3)
+    Picture((strip * 255).round().byte().cpu().numpy()).write(output, overwrite=overwrite)

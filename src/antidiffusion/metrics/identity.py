@@ -1,0 +1,134 @@
+"""Whether drawn pictures show a face, and whether it is the person's.
+
+A model of faces turns pictures into embeddings, None where it sees no face; the measures are pure functions of those.
+
+References:
+    Anti-DreamBooth: Protecting Users from Personalized Text-to-Image Synthesis, Van Le et al., 2023, arXiv 2303.15433
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Embeddings = Sequence[Tensor | None]
+"""One `(d,)` for each picture, or None where no face was found."""
+
+SIDE = 384  # dlib's detector wants faces of 80 px; 128 px portraits then are upscaled 3 x
+
+
+class DlibFaces:
+    """dlib's frontal face detector, 5-point landmarks and ResNet descriptor, from installed packages only.
+
+    The landmarks are the 5-point model's: the 68-point one may not be used commercially.
+
+    Raises:
+        ModuleNotFoundError: If dlib or its models are not installed.
+    """
+
+    def __init__(self) -> None:
+        # Not imported: the package asks for pkg_resources, which recent setuptools no longer have.
+        spec = importlib.util.find_spec("face_recognition_models")
+        if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("dlib") is None:
+            raise ModuleNotFoundError(
+                "expected the packages dlib-bin and face-recognition-models, got none; pip install antidiffusion[eval]"
+            )
+        import dlib
+
+        folder = Path(spec.submodule_search_locations[0]) / "models"
+        self._detect = dlib.get_frontal_face_detector()
+        self._landmarks = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
+        self._describe = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+
+    def embed(self, x: Tensor) -> list[Tensor | None]:
+        """Describe the largest face of each picture; a detector that fails raises, it never means "no face".
+
+        Arguments:
+            x: Pictures `(B, 3, H, W)` float in [0, 1], rounded to 8 bits. Those with a side below 384 px are upscaled
+                by a whole factor until none is.
+
+        Returns:
+            One `(128,)` float32 for each picture, or None where no face was found.
+
+        Raises:
+            ValueError: If these are no pictures in [0, 1].
+        """
+        _check(x)
+        pixels = (x.detach().float() * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return [self._embed(picture) for picture in pixels]
+
+    def _embed(self, pixels: np.ndarray) -> Tensor | None:
+        height, width = pixels.shape[:2]
+        factor = max(1, -(-SIDE // min(height, width)))
+        if factor > 1:
+            larger = (width * factor, height * factor)
+            pixels = np.asarray(Image.fromarray(pixels).resize(larger, Image.Resampling.BICUBIC))
+        boxes = list(self._detect(pixels, 0))
+        if not boxes:
+            return None
+        landmarks = self._landmarks(pixels, max(boxes, key=lambda box: box.area()))
+        return torch.tensor(list(self._describe.compute_face_descriptor(pixels, landmarks)))
+
+
+def fdfr(embeddings: Embeddings) -> float:
+    """Return the face detection failure rate in [0, 1]: the share of pictures without a face.
+
+    Raises:
+        ValueError: If there is no picture.
+    """
+    if not embeddings:
+        raise ValueError("expected at least one picture, got none; draw some first")
+    return sum(embedding is None for embedding in embeddings) / len(embeddings)
+
+
+def ism(embeddings: Embeddings, reference_embeddings: Embeddings) -> float | None:
+    """Return the identity score matching: cosine similarity to the mean reference, averaged over pictures with a face.
+
+    That is Anti-DreamBooth's definition, there with ArcFace. dlib's descriptors of strangers already have a similarity
+    of about 0.9, so that with dlib only differences between two figures speak; `distance` is what dlib is trained for.
+
+    Arguments:
+        embeddings: Of the pictures to judge. Those without a face do not count here but in `fdfr`.
+        reference_embeddings: Of clean photos of the person; those without a face are left out.
+
+    Returns:
+        The score in [-1, 1], or None if no picture shows a face.
+
+    Raises:
+        ValueError: If no reference shows a face.
+    """
+    faces, reference = _found(embeddings, reference_embeddings)
+    return float(torch.cosine_similarity(faces, reference, dim=-1).mean()) if len(faces) else None
+
+
+def distance(embeddings: Embeddings, reference_embeddings: Embeddings) -> float | None:
+    """Return the Euclidean distance to the mean reference, averaged over pictures with a face.
+
+    Arguments, result and errors are `ism`'s, but 0 is the same face and more is farther. dlib's authors call photos
+    within 0.6 of each other one person; among the synthetic portraits 0.5 parts people better.
+    """
+    faces, reference = _found(embeddings, reference_embeddings)
+    return float((faces - reference).norm(dim=-1).mean()) if len(faces) else None
+
+
+def _found(embeddings: Embeddings, reference_embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    """Return the faces `(N, d)` and the mean reference `(d,)`, float64."""
+    references = [embedding for embedding in reference_embeddings if embedding is not None]
+    if not references:
+        got = f"none in {len(reference_embeddings)}"
+        raise ValueError(f"expected a reference picture with a face, got {got}; use clear frontal photos")
+    reference = torch.stack(references).double().mean(0)
+    faces = [embedding.double() for embedding in embeddings if embedding is not None]
+    return torch.stack(faces) if faces else reference.new_empty(0, len(reference)), reference
+
+
+def _check(x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != 3 or not x.numel() or not x.is_floating_point():
+        raise ValueError(f"expected float pictures (B, 3, H, W), got {x.dtype} {tuple(x.shape)}; stack RGB pictures")
+    low, high = x.detach().aminmax()
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise ValueError(f"expected pixels in [0, 1], got {low:.4g} to {high:.4g}; divide by 255 or clamp")

@@ -1,0 +1,61 @@
+"""Protections: each a frozen dataclass with its paper's defaults that perturbs canvases in place."""
+
+from antidiffusion.recipes.advdm import AdvDM
+from antidiffusion.recipes.anti_diffusion import Alternation, AntiDiffusion
+from antidiffusion.recipes.anti_dreambooth import ASPL, FSMG
+from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Recipe, Trace, posteriors
+from antidiffusion.recipes.diffusion_guard import DiffusionGuard
+from antidiffusion.recipes.mist import Mist
+from antidiffusion.recipes.official import OfficialAntiDiffusion
+from antidiffusion.recipes.photoguard import PhotoGuard
+from antidiffusion.recipes.photoguard_diffusion import PhotoGuardDiffusion
+from antidiffusion.recipes.random_sign import RandomSign
+from antidiffusion.recipes.sds import SDSMinus, SDSPlus
+from antidiffusion.recipes.simac import SimAC
+
+__all__ = [
+    "ASPL",
+    "FSMG",
+    "PERTURBATION",
+    "PRESETS",
+    "PROMPT",
+    "RECIPES",
+    "TUNING",
+    "AdvDM",
+    "Alternation",
+    "AntiDiffusion",
+    "DiffusionGuard",
+    "Mist",
+    "OfficialAntiDiffusion",
+    "PhotoGuard",
+    "PhotoGuardDiffusion",
+    "Progress",
+    "RandomSign",
+    "Recipe",
+    "SDSMinus",
+    "SDSPlus",
+    "SimAC",
+    "Trace",
+    "posteriors",
+]
+
+RECIPES: dict[str, Recipe] = {
+    "anti-diffusion": AntiDiffusion(),
+    "official": OfficialAntiDiffusion(),
+    "random-sign": RandomSign(),
+    "advdm": AdvDM(),
+    "sds-minus": SDSMinus(),
+    "sds-plus": SDSPlus(),
+    "photoguard": PhotoGuard(),
+    "photoguard-diffusion": PhotoGuardDiffusion(),
+    "mist": Mist(),
+    "fsmg": FSMG(),
+    "aspl": ASPL(),
+    "simac": SimAC(),
+    "diffusion-guard": DiffusionGuard(),
+}
+
+PRESETS: dict[str, AntiDiffusion] = {
+    "quick": AntiDiffusion(rounds=1, prompt_steps=15, tuning_steps=10),
+    "strong": AntiDiffusion(rounds=11),
+}

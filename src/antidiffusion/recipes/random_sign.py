@@ -1,0 +1,31 @@
+"""The control of every table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator
+
+from antidiffusion.budget import Linf
+from antidiffusion.recipes.base import PERTURBATION, Progress, Trace
+from antidiffusion.resolution import Canvas
+from antidiffusion.surrogate import Surrogate
+
+
+@dataclass(frozen=True)
+class RandomSign:
+    """Every channel of every pixel moved by the whole budget, up or down at random: the control of every table."""
+
+    budget: float = 8
+
+    def __call__(
+        self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
+    ) -> Trace:
+        trace = Trace(1, progress)
+        budget = Linf(self.budget)
+        for canvas in canvases:
+            signs = torch.randint(2, canvas.delta.shape, generator=generator, device=generator.device) * 2 - 1
+            canvas.delta.copy_(signs * self.budget)
+            budget.project_(canvas.delta, canvas.clean)
+        trace.run(PERTURBATION, [0.0])
+        return trace

@@ -1,0 +1,138 @@
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.diffedit import DiffEdit, difference
+from antidiffusion.attacks.inversion import invert
+from antidiffusion.sampling import denoise
+from antidiffusion.surrogate import Surrogate
+
+SOURCE, TARGET = "a portrait of a person", "a red hat"
+PROMPTS = Prompts(TARGET, SOURCE)
+
+
+def pipeline(surrogate: Surrogate) -> Any:
+    from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
+    parts |= {"tokenizer": surrogate.tokenizers[0], "text_encoder": surrogate.text_encoders[0]}
+    parts |= {"scheduler": DDIMScheduler.from_config(surrogate.scheduler.config)}
+    parts |= {"inverse_scheduler": DDIMInverseScheduler.from_config(surrogate.scheduler.config)}
+    extras = dict.fromkeys(("safety_checker", "feature_extractor"))
+    built = diffusers.StableDiffusionDiffEditPipeline(**parts, **extras, requires_safety_checker=False)
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def compare_masks(x: Tensor, surrogate: Surrogate) -> None:
+    options: Any = {"num_inference_steps": 10, "num_maps_per_mask": 4, "guidance_scale": 3.0}
+    prompts: Any = {"source_prompt": [SOURCE], "target_prompt": [TARGET]}
+    theirs = pipeline(surrogate).generate_mask(image=x, generator=Generator().manual_seed(5), **prompts, **options)
+    surrogate.scheduler.set_timesteps(10)
+    t, texts = surrogate.scheduler.timesteps[5], [surrogate.embed([text]) for text in (SOURCE, TARGET)]
+    with torch.no_grad():
+        posterior = surrogate.posterior(x)
+    contrast = difference(posterior, t, *texts, surrogate, Generator().manual_seed(5), maps=4)
+    ours, wanted = contrast[:, 0] > 1.5 * contrast.mean(), torch.from_numpy(theirs) > 0
+    assert 0 < ours.float().mean() < 0.5
+    assert (ours & wanted).sum() / (ours | wanted).sum() > 0.9
+
+
+def test_masks_equal_diffusers(surrogate: Surrogate, x: Tensor) -> None:
+    if len(surrogate.text_encoders) == 2:
+        pytest.skip("diffusers' DiffEdit knows no SDXL")
+    compare_masks(x[:1], surrogate)
+
+
+def test_masks_equal_diffusers_with_the_embedded_model(mini: Surrogate, x: Tensor) -> None:
+    compare_masks(x[:1], mini)
+
+
+def test_inversion_equals_diffusers(surrogate: Surrogate, x: Tensor) -> None:
+    if len(surrogate.text_encoders) == 2:
+        pytest.skip("diffusers' DiffEdit knows no SDXL")
+    options: Any = {"num_inference_steps": 5, "inpaint_strength": 0.6, "guidance_scale": 1.0}
+    theirs = pipeline(surrogate).invert([SOURCE] * 2, x, generator=Generator().manual_seed(5), **options).latents
+    surrogate.scheduler.set_timesteps(5)
+    with torch.no_grad():
+        z = surrogate.encode(x, Generator().manual_seed(5))
+    ours = invert(z, surrogate.scheduler.timesteps[2:], surrogate.embed([SOURCE]), surrogate)
+    torch.testing.assert_close(ours[:-1].transpose(0, 1), theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_text_keeps_the_latents(surrogate: Surrogate, x: Tensor) -> None:
+    generator, options = Generator().manual_seed(3), DiffEdit(steps=4, maps=2)
+    with torch.no_grad():
+        posterior = surrogate.posterior(x)
+    difference(posterior, torch.tensor(9), *[surrogate.embed([SOURCE])] * 2, surrogate, generator, maps=2)  # draws
+    expected = surrogate.decode(posterior.sample(generator))
+    assert torch.equal(options(x, Prompts(SOURCE, SOURCE), surrogate, 3), expected)
+    assert not torch.equal(options(x, PROMPTS, surrogate, 3), expected)
+
+
+def test_a_mask_of_everything_redraws_the_inversion(tiny: Surrogate, x: Tensor) -> None:
+    generator = Generator().manual_seed(3)
+    tiny.scheduler.set_timesteps(4)
+    timesteps, texts = tiny.scheduler.timesteps[2:], [tiny.embed([text]) for text in (SOURCE, TARGET)]
+    with torch.no_grad():
+        posterior = tiny.posterior(x)
+    contrast = difference(posterior, torch.tensor(9), *texts, tiny, generator, maps=1)
+    assert contrast.shape == (2, 1, 8, 8) and contrast.min() > 0
+    noise = invert(posterior.sample(generator), timesteps, texts[0], tiny)[0]
+    expected = tiny.decode(denoise(noise, timesteps, texts[1], tiny, guidance=3.0))
+    edit = DiffEdit(strength=0.5, steps=4, maps=1, guidance=3.0, mask_threshold=1e-9)
+    assert torch.equal(edit(x, PROMPTS, tiny, 3), expected)
+
+
+def test_outside_the_mask_the_latents_come_back(
+    tiny: Surrogate, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, originals = list[Tensor](), list[Tensor]()
+    monkeypatch.setattr(tiny, "decode", lambda z: final.append(z) or x)  # type: ignore[func-returns-value]
+    DiffEdit(steps=4, maps=2)(x, PROMPTS, tiny, 3)
+    DiffEdit(steps=4, maps=2, mask_threshold=1e9)(x, PROMPTS, tiny, 3)
+    edited, originals = final[0], final[1]
+    kept = (edited == originals).all(1)
+    assert all(0.3 < share < 1 for share in kept.float().mean((1, 2)))
+
+
+def test_each_picture_has_its_own_threshold(tiny: Surrogate) -> None:
+    x = torch.rand(2, 3, 64, 128, generator=Generator().manual_seed(0))
+    edit = DiffEdit(steps=2, maps=1)
+    first, same, other = (edit(x, Prompts([TARGET, SOURCE], [SOURCE, ""]), tiny, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert first.shape == x.shape and first.min() >= 0 and first.max() <= 1
+    second = edit(x, Prompts([TARGET, "a dog"], [SOURCE, ""]), tiny, 1)
+    torch.testing.assert_close(first[0], second[0], rtol=1e-3, atol=1e-3)
+    assert (first[1] - second[1]).abs().max() > 1e-3
+
+
+def test_progress_counts_maps_and_steps(tiny: Surrogate, x: Tensor) -> None:
+    calls: list[tuple[int, int]] = []
+    edit = DiffEdit(steps=5, strength=0.6, maps=2)
+    edit(x, PROMPTS, tiny, 0, progress=lambda *call: calls.append(call))
+    assert calls == [(done, 2 + 3 + 3) for done in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"expected a strength in \(0, 1\] that runs a step"),
+        ({"strength": 1.5}, r"expected a strength in \(0, 1\] that runs a step, got 1.5"),
+        ({"mask_strength": 0}, r"expected a mask_strength in \(0, 1\] that runs a step, got 0"),
+        ({"mask_threshold": 0}, "expected a positive mask_threshold, got 0"),
+        ({"maps": 0}, "expected at least 1 map, got 0"),
+    ],
+)
+def test_impossible_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffEdit(**options)
+
+
+def test_impossible_sizes(tiny: Surrogate) -> None:
+    with pytest.raises(ValueError, match="multiples of 64, got 100 x 64; resize"):
+        DiffEdit()(torch.rand(1, 3, 64, 100), PROMPTS, tiny, 0)

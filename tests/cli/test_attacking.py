@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import cli, draw
+from PIL import Image
+
+from antidiffusion.attacks import EDITS, TUNINGS
+from antidiffusion.surrogate import Surrogate
+
+EDIT = ["--prompt", "a red hat", "-o", "x.png", "--steps", "2"]
+TUNE = ["--prompt", "a photo of sks person", "-o", "x.png", "--steps", "1"]
+
+
+def test_sample(loaded: Path, tiny: Surrogate) -> None:
+    run = cli("sample", "a person", "a hat", "-o", "new/x.png", "--steps", "2", "--seed", "3")
+    assert (run.code, run.out, run.err) == (0, "new/x.png\n", "")
+    first = np.asarray(Image.open("new/x.png"))
+    assert first.shape == (64, 128, 3)
+    assert (first[:, :64] != first[:, 64:]).any()
+    cli("sample", "a person", "a hat", "-o", "y.png", "--steps", "2", "--seed", "3")
+    assert Path("y.png").read_bytes() == Path("new/x.png").read_bytes()
+    cli("sample", "a person", "-o", "z.png", "--steps", "2", "--seed", "4")
+    assert (np.asarray(Image.open("z.png")) != first[:, :64]).any()
+
+
+def test_sample_mistakes(unused: Path) -> None:
+    before = Path("photos/a.png").read_bytes()
+    for output, fragment in (
+        ("photos/a.png", "expected a new file, got an existing one; use --overwrite"),
+        ("x.jpg", "expected an output of .png"),
+        ("photos/a.png/x.png", "expected a place to write to"),
+    ):
+        run = cli("sample", "a person", "-o", output)
+        assert (run.code, run.out) == (2, "")
+        assert run.err.startswith("error: ")
+        assert fragment in run.err
+    assert Path("photos/a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", EDITS)
+def test_edit(loaded: Path, tiny: Surrogate, method: str) -> None:
+    draw("photos/wide.png", height=100, width=250)
+    Image.fromarray(np.uint8(np.arange(250) > 120) * 255 * np.ones((100, 1), np.uint8)).save("mask.png")
+    mask = ["--mask", "mask.png"] if method == "inpaint" else []
+    command = ["edit", method, "photos/wide.png", "--source-prompt", "a hat", *EDIT, *mask]
+    run = cli(*command)
+    assert (run.code, run.out) == (0, "x.png\n"), run.err
+    first = np.asarray(Image.open("x.png"))
+    assert first.shape == (64, 128, 3)
+    cli(*command, "--overwrite", "--guidance", "9", "--seed", "1")
+    assert (np.asarray(Image.open("x.png")) != first).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["sdedits", "photos/a.png"], "expected a method of sdedit, "),
+        (["masactrl", "photos/a.png", "--strength", "0.5"], "expected options of masactrl, got --strength"),
+        (["sdedit", "photos/a.png", "--strength", "2"], "expected a strength in (0, 1]"),
+        (["sdedit", "photos/a.png", "--steps", "0"], "of 0 steps"),
+        (["inpaint", "photos/a.png"], "expected --mask with inpaint"),
+        (["sdedit", "photos/a.png", "--mask", "photos/b.png"], "expected --mask with inpaint and with no other"),
+        (["sdedit", "photos/none.png"], "photos/none.png"),
+        (["sdedit", "photos/a.png", "-o", "photos/b.png"], "got an existing one"),
+    ],
+)
+def test_edit_mistakes(unused: Path, arguments: list[str], fragment: str) -> None:
+    run = cli("edit", *EDIT[:4], *arguments)
+    assert (run.code, run.out) == (2, "")
+    assert run.err.startswith("error: ")
+    assert fragment in run.err
+
+
+def test_a_mask_of_another_size(loaded: Path) -> None:
+    run = cli("edit", "inpaint", "photos/a.png", "--mask", "photos/b.png", *EDIT)
+    assert (run.code, run.out) == (2, "")
+    assert "expected a mask of 70 x 64 pixels, got 70 x 100" in run.err
+    assert not Path("x.png").exists()
+
+
+@pytest.mark.parametrize("method", TUNINGS)
+def test_attack(loaded: Path, tiny: Surrogate, method: str) -> None:
+    before = [parameter.clone() for parameter in tiny.unet.parameters()]
+    run = cli("attack", method, "photos", *TUNE, "--sample", "a hat", "--sample", "a person", "--save", "weights")
+    assert (run.code, run.out) == (0, "x.png\n"), run.err
+    assert np.asarray(Image.open("x.png")).shape == (64, 128, 3)
+    assert any(Path("weights").rglob("*.safetensors"))
+    assert all(torch.equal(*pair) for pair in zip(before, tiny.unet.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["dreamboat", "photos"], "expected a method of dreambooth, "),
+        (["lora", "empty"], "got none in empty"),
+        (["lora", "photos", "--steps", "0"], "steps"),
+        (["dreambooth", "photos", "--rank", "4"], "expected options of dreambooth, got --rank"),
+        (["lora", "photos", "--save", "photos"], "got an existing one"),
+        (["lora", "photos/none.png"], "photos/none.png"),
+    ],
+)
+def test_attack_mistakes(unused: Path, arguments: list[str], fragment: str) -> None:
+    run = cli("attack", *TUNE[:4], *arguments)
+    assert (run.code, run.out) == (2, "")
+    assert run.err.startswith("error: ")
+    assert fragment in run.err
+
+
+def test_a_long_prompt_is_noted(loaded: Path) -> None:
+    run = cli("sample", "a hat " * 40, "-o", "x.png", "--steps", "1")
+    assert run.code == 0
+    assert run.err.startswith("note: expected a prompt of at most ")
