@@ -2,7 +2,17 @@ import pytest
 import torch
 from conftest import Checkpoint
 
-from antidiffusion.attention import coarsest_layers, cross_attention_layers, mean_map, record_attention
+from antidiffusion.attention import (
+    AttentionProcessor,
+    EditingProcessor,
+    SharingProcessor,
+    coarsest_layers,
+    cross_attention_layers,
+    mean_map,
+    processed,
+    record_attention,
+    self_attention_layers,
+)
 from antidiffusion.surrogate import Embedding, Surrogate
 
 PREFIXES = {"sd15": ("down_blocks.2.", "up_blocks.1."), "sdxl": ("down_blocks.2.", "up_blocks.0.")}
@@ -69,6 +79,58 @@ def test_processors_come_back_after_an_error(tiny: Surrogate) -> None:
     with pytest.raises(RuntimeError, match="stop"), record_attention(tiny.unet, coarsest_layers(tiny.unet)):
         assert tiny.unet.attn_processors != before
         raise RuntimeError("stop")
+    assert all(value is before[name] for name, value in tiny.unet.attn_processors.items())
+
+
+@pytest.mark.parametrize("processor", [AttentionProcessor(), EditingProcessor(lambda maps: maps), SharingProcessor(2)])
+def test_processors_that_change_nothing(surrogate: Surrogate, processor: AttentionProcessor) -> None:
+    fused, unet = forward(surrogate), surrogate.unet
+    with processed(unet, unet.attn_processors.keys(), processor):
+        same = forward(surrogate)
+    assert torch.allclose(fused, same, atol=1e-5)
+
+
+def test_edited_probabilities_mix_the_values() -> None:
+    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    processor = EditingProcessor(lambda maps: maps.roll(1, 0), lambda positions: positions == 5)
+    expected = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1).roll(1, 0) @ value
+    torch.testing.assert_close(processor.attend(query, key, value, 8**-0.5), expected)
+    plain = AttentionProcessor().attend(query[:, :, :3], key, value, 8**-0.5)
+    assert torch.equal(processor.attend(query[:, :, :3], key, value, 8**-0.5), plain)
+
+
+def test_shared_keys_and_values_are_those_of_the_first_entries() -> None:
+    query, key, value = torch.randn(3, 6, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    mixed = SharingProcessor(2).attend(query, key, value, 0.3)
+    for entry in range(6):
+        first = entry % 2
+        expected = (0.3 * query[entry] @ key[first].transpose(-1, -2)).softmax(-1) @ value[first]
+        torch.testing.assert_close(mixed[entry], expected)
+
+
+def test_self_attention_layers_are_in_the_order_in_which_they_run(surrogate: Surrogate) -> None:
+    order: list[str] = []
+    modules = dict(surrogate.unet.named_modules())
+    layers = self_attention_layers(surrogate.unet)
+    hooks = [
+        modules[name.removesuffix(".processor")].register_forward_hook(lambda *_, name=name: order.append(name))
+        for name in layers
+    ]
+    forward(surrogate)
+    for hook in hooks:
+        hook.remove()
+    assert layers == order and len(layers) == sum(".attn1." in name for name in surrogate.unet.attn_processors)
+
+
+def test_nested_blocks_keep_each_other_s_layers(tiny: Surrogate) -> None:
+    outer, inner, before = AttentionProcessor(), AttentionProcessor(), tiny.unet.attn_processors
+    cross, selves = cross_attention_layers(tiny.unet), self_attention_layers(tiny.unet)
+    with processed(tiny.unet, cross, outer):
+        with processed(tiny.unet, selves, inner):
+            now = tiny.unet.attn_processors
+            assert all(now[name] is outer for name in cross) and all(now[name] is inner for name in selves)
+        assert all(tiny.unet.attn_processors[name] is before[name] for name in selves)
+        assert all(tiny.unet.attn_processors[name] is outer for name in cross)
     assert all(value is before[name] for name, value in tiny.unet.attn_processors.items())
 
 

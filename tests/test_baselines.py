@@ -63,7 +63,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def short(name: str, **options: Any) -> Any:
-    return replace(RECIPES[name], **SHORT[name], **options)  # type: ignore[type-var]
+    return replace(RECIPES[name], **{**SHORT[name], **options})  # type: ignore[type-var]
 
 
 def canvas(pixels: np.ndarray, side: int = 64) -> Canvas:

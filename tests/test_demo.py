@@ -13,15 +13,16 @@ from PIL import Image
 
 import antidiffusion.demo
 import antidiffusion.protection
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Attack
+from antidiffusion.attacks.masactrl import MasaCtrl
 from antidiffusion.attacks.sdedit import SDEdit
-from antidiffusion.demo import GUIDANCE, MAGNIFY, PROMPT, VERSIONS, run_demo
+from antidiffusion.demo import MAGNIFY, PROMPTS, VERSIONS, run_demo
 from antidiffusion.picture import Picture
 from antidiffusion.recipes import AntiDiffusion
 from antidiffusion.surrogate import Surrogate
 
 PORTRAITS = sorted(p.name for p in resources.files("antidiffusion").joinpath("mini", "portraits").iterdir())
-STRENGTH = 0.04
+ATTACKS: dict[str, Attack] = {"SDEdit": SDEdit(strength=0.04), "MasaCtrl": MasaCtrl(steps=2)}
 RECIPE = AntiDiffusion(budget=6, steps=1, rounds=0, prompt_steps=1, step_size=10)
 
 
@@ -53,11 +54,11 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def shown(mini: Surrogate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, int, int]]]:
-    """The demo's folder and what its progress hook heard; two steps of editing instead of 25."""
+    """The demo's folder and what its progress hook heard; two steps of editing instead of 25 and 50."""
     calls: list[tuple[str, int, int]] = []
     folder = tmp_path_factory.mktemp("demo") / "new"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(antidiffusion.demo, "STRENGTH", STRENGTH)
+        patch.setattr(antidiffusion.demo, "ATTACKS", ATTACKS)
         patch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
         page = run_demo(folder, mini, RECIPE, seed=1, progress=lambda *call: calls.append(call))
     assert page == folder / "index.html"
@@ -82,9 +83,10 @@ def test_the_style_fetches_nothing(shown: tuple[Path, object]) -> None:
 
 
 def test_every_portrait_in_three_versions(page: Page) -> None:
-    rows = [f"{row}{version}" for row in ("", "perturbation of ", "edit of ") for version in VERSIONS]
+    starts = ("", "perturbation of ", *(f"{attack} of " for attack in ATTACKS))
+    rows = [f"{start}{version}" for start in starts for version in VERSIONS]
     assert [alt for alt, _ in page.images()] == rows * len(PORTRAITS)
-    assert PROMPT in page.text
+    assert str(PROMPTS.target) in page.text
     assert "no protection is" in page.text.replace("\n", " ")
 
 
@@ -92,7 +94,7 @@ def test_the_page_shows_what_was_written(shown: tuple[Path, object], page: Page)
     images = iter(page.images())
     for name in PORTRAITS:
         stem = Path(name).stem
-        group = dict(next(images) for _ in range(9))
+        group = dict(next(images) for _ in range(12))
         original = np.asarray(Image.open(str(resources.files("antidiffusion") / "mini" / "portraits" / name)))
         assert (group["clean"] == original).all()
         assert (group["protected"] == np.asarray(Image.open(shown[0] / f"{stem}-protected.png"))).all()
@@ -100,21 +102,23 @@ def test_the_page_shows_what_was_written(shown: tuple[Path, object], page: Page)
             change = group[version] - group["clean"]
             assert np.abs(change).max() == (0 if version == "clean" else RECIPE.budget)
             assert (group[f"perturbation of {version}"] == np.clip(128 + MAGNIFY * change, 0, 255)).all()
-            edit = Image.open(shown[0] / f"{stem}-{version.replace(' ', '-')}-edited.png")
-            assert (group[f"edit of {version}"] == np.asarray(edit)).all()
-        assert (group["edit of clean"] != group["edit of protected"]).any()
+            for attack in ATTACKS:
+                edit = Image.open(shown[0] / f"{stem}-{version.replace(' ', '-')}-{attack.lower()}.png")
+                assert (group[f"{attack} of {version}"] == np.asarray(edit)).all()
+        for attack in ATTACKS:
+            assert (group[f"{attack} of clean"] != group[f"{attack} of protected"]).any()
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("version", ["clean", "protected"])
 def test_every_version_is_edited_with_the_seeds_noise(
-    shown: tuple[Path, object], mini: Surrogate, version: str
+    shown: tuple[Path, object], mini: Surrogate, version: str, attack: str
 ) -> None:
     stem = Path(PORTRAITS[-1]).stem
     folder = Path(str(resources.files("antidiffusion") / "mini" / "portraits"))
     source = folder / PORTRAITS[-1] if version == "clean" else shown[0] / f"{stem}-protected.png"
-    attack = SDEdit(strength=STRENGTH, guidance=GUIDANCE)
-    edit = attack(Picture.read(source).tensor(), Prompts(PROMPT), mini, seed=1)
-    written = Picture.read(shown[0] / f"{stem}-{version}-edited.png").tensor()
+    edit = ATTACKS[attack](Picture.read(source).tensor(), PROMPTS, mini, seed=1)
+    written = Picture.read(shown[0] / f"{stem}-{version}-{attack.lower()}.png").tensor()
     assert (edit - written).abs().max() < 0.6 / 255
 
 
@@ -145,7 +149,7 @@ def test_progress_names_the_portrait(shown: tuple[object, list[tuple[str, int, i
 
 
 def test_nothing_else_is_left(shown: tuple[Path, object]) -> None:
-    edits = [f"{version.replace(' ', '-')}-edited.png" for version in VERSIONS]
+    edits = [f"{version.replace(' ', '-')}-{attack.lower()}.png" for version in VERSIONS for attack in ATTACKS]
     per_portrait = [*edits, "protected.png", "protected.png.json"]
     wanted = [f"{Path(name).stem}-{end}" for name in PORTRAITS for end in per_portrait]
     assert sorted(p.name for p in shown[0].iterdir()) == sorted([*wanted, "index.html"])

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -192,13 +193,18 @@ def test_a_grid_covers_every_latent_and_merges_to_what_was_cut(mini: Surrogate) 
     assert len(origins) == 10  # 3 x 3 that overlap by half, and the corners
     corners = {0.0, 15.0, 240.0, 255.0}
     assert corners <= set(purify._cut(square, size, origins[-1]).flatten().tolist())
-    assert square.numel() == 256 and square.max() == 255
+    size, origins = purify._grid(square, replace(mini, size=192))
+    assert size == (12, 12) and origins[:4] == [(0, 0), (0, 4), (4, 0), (4, 4)]  # no whole stride
 
 
-def test_gamma_one_keeps_the_latents(tiny: Surrogate, x: Tensor) -> None:
+def test_gamma_is_the_share_of_the_picture_in_every_round(
+    tiny: Surrogate, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = gridpure(x, tiny, 0, gamma=1, rounds=2)
     torch.testing.assert_close(kept, purify.vae_round_trip(x, tiny, 0))
-    assert not torch.allclose(gridpure(x, tiny, 0, gamma=0.5, rounds=2), kept, atol=1e-3)
+    monkeypatch.setattr(purify, "_renoise", lambda z, *rest: torch.zeros_like(z))  # wipes everything out
+    expected = tiny.decode(0.3 * tiny.posterior(x).mean)
+    torch.testing.assert_close(gridpure(x, tiny, 0, gamma=0.3, rounds=3), expected)
 
 
 def test_the_embedded_model_keeps_a_portrait_recognisable(mini: Surrogate, photo: Tensor) -> None:

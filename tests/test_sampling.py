@@ -104,6 +104,37 @@ def test_guidance_1_is_unguided(
     assert torch.equal(torch.cat(steps), timesteps.repeat_interleave(2))
 
 
+def test_guidance_of_each_and_one_call(
+    tiny: Surrogate, generator: Generator, counted: Callable[[Surrogate], list[Tensor]]
+) -> None:
+    noise = randn((3, 4, 8, 8), generator, torch.empty(0))
+    tiny.scheduler.set_timesteps(2)
+    timesteps, embedding = tiny.scheduler.timesteps, tiny.embed([*PROMPTS, ""])
+    each = [5.0, 1.0, 2.0]
+    alone = [
+        denoise(noise[i : i + 1], timesteps, embedding[i : i + 1], tiny, guidance=scale) for i, scale in enumerate(each)
+    ]
+    steps = counted(tiny)
+    together = denoise(noise, timesteps, embedding, tiny, guidance=torch.tensor(each))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
+    assert [len(step) for step in steps] == [3 + 2] * 2  # those of scale 1 are asked once
+
+
+def test_after_every_step_the_latents_can_be_changed(tiny: Surrogate, generator: Generator) -> None:
+    noise = randn((1, 4, 8, 8), generator, torch.empty(0))
+    tiny.scheduler.set_timesteps(3)
+    timesteps, embedding = tiny.scheduler.timesteps, tiny.embed(PROMPTS[:1])
+    seen: list[tuple[int, Tensor]] = []
+
+    def restart(done: int, z: Tensor) -> Tensor:
+        seen.append((done, z))
+        return noise if done == 2 else z
+
+    z = denoise(noise, timesteps, embedding, tiny, guidance=1, after=restart)
+    assert [done for done, _ in seen] == [1, 2, 3] and torch.equal(z, seen[-1][1])
+    assert torch.equal(z, denoise(noise, timesteps[2:], embedding, tiny, guidance=1))
+
+
 def test_progress(tiny: Surrogate, generator: Generator) -> None:
     calls: list[tuple[int, int]] = []
     sample(PROMPTS[:1], tiny, generator, steps=3, guidance=1, progress=lambda *call: calls.append(call))

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Attack, Prompts
+from antidiffusion.attacks.masactrl import MasaCtrl
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.picture import Bytes, Picture
@@ -22,28 +23,27 @@ from antidiffusion.protection import protect
 from antidiffusion.recipes import Progress, RandomSign, Recipe
 from antidiffusion.surrogate import Surrogate
 
-PROMPT = "a portrait of a person, wearing sunglasses and a red shirt, on a green background"
-STRENGTH = 0.4
-GUIDANCE = 3.0  # the embedded model's contrast suffers above it
+PROMPTS = Prompts("a portrait of a person, wearing sunglasses and a red shirt", source="a portrait of a person")
+ATTACKS: dict[str, Attack] = {"SDEdit": SDEdit(strength=0.5, guidance=3.0), "MasaCtrl": MasaCtrl(guidance=5.0)}
 MAGNIFY = 10
 VERSIONS = ("clean", "random noise", "protected")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One version of a portrait on the page: the picture, its edit, and how far the edit is from the clean one's."""
+    """One version of a portrait on the page: the picture, and by attack its edit and how near the clean one is."""
 
     name: str
     picture: str
     perturbation: str
-    edit: str
+    edits: dict[str, str]
     linf: int
     psnr: float
-    edit_ssim: float
+    edit_ssim: dict[str, float]
 
 
 def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, progress: Progress) -> Path:
-    """Protect the bundled portraits, edit every version with one prompt and the same noise, and write the page.
+    """Protect the bundled portraits, edit every version twice with one prompt and the same noise, and write the page.
 
     Arguments:
         output: Folder for `index.html`, the pictures and the cards; files in it are replaced.
@@ -57,7 +57,7 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
     """
     output.mkdir(parents=True, exist_ok=True)
     portraits = sorted(resources.files("antidiffusion").joinpath("mini", "portraits").iterdir(), key=str)
-    attack, people = SDEdit(strength=STRENGTH, guidance=GUIDANCE), []
+    people = []
     for number, path in enumerate(portraits, 1):
 
         def named(stage: str, done: int, total: int, number: int = number) -> None:
@@ -67,20 +67,21 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
         (noise,) = protect([original], RandomSign(recipe.budget), surrogate=surrogate, seed=seed)
         (protected,) = protect([original], recipe, surrogate=surrogate, seed=seed, progress=named)
         versions = dict(zip(VERSIONS, (original, noise.picture, protected.picture), strict=True))
-        edits = {}
-        for name, picture in versions.items():
-            edits[name] = _picture(attack(picture.tensor(), Prompts(PROMPT), surrogate, seed))
-            named(f"editing, {name}", 1, 1)
         stem = Path(str(path)).stem
-        for name, edit in edits.items():
-            edit.write(output / f"{stem}-{name.replace(' ', '-')}-edited.png", overwrite=True)
+        edits: dict[str, dict[str, Picture]] = {method: {} for method in ATTACKS}
+        for method, attack in ATTACKS.items():
+            for name, picture in versions.items():
+                edit = _picture(attack(picture.tensor(), PROMPTS, surrogate, seed))
+                edit.write(output / f"{stem}-{name.replace(' ', '-')}-{method.lower()}.png", overwrite=True)
+                edits[method][name] = edit
+                named(f"{method}, {name}", 1, 1)
         card = protected.save(output / f"{stem}-protected.png", overwrite=True)
         shown = [_shown(name, versions[name], original, edits) for name in VERSIONS]
         people.append({"shown": shown, "curves": _curves(protected.losses), "card": json.dumps(card, indent=2)})
     environment = Environment(
         loader=PackageLoader("antidiffusion", "templates"), autoescape=True, undefined=StrictUndefined
     )
-    settings = {"prompt": PROMPT, "strength": STRENGTH, "magnify": MAGNIFY, "budget": f"{recipe.budget:g}"}
+    settings = {"prompt": PROMPTS.target, "attacks": list(ATTACKS), "magnify": MAGNIFY, "budget": f"{recipe.budget:g}"}
     page = output / "index.html"
     partial = page.with_suffix(".part")
     partial.write_text(environment.get_template("demo.html").render(people=people, **settings), encoding="utf-8")
@@ -88,17 +89,19 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
     return page
 
 
-def _shown(name: str, picture: Picture, original: Picture, edits: Mapping[str, Picture]) -> Shown:
+def _shown(name: str, picture: Picture, original: Picture, edits: Mapping[str, Mapping[str, Picture]]) -> Shown:
     difference = picture.pixels.astype(np.int16) - original.pixels
     magnified = np.clip(128 + MAGNIFY * difference, 0, 255).astype(np.uint8)
     return Shown(
         name=name,
         picture=_embed(picture.pixels),
         perturbation=_embed(magnified),
-        edit=_embed(edits[name].pixels),
+        edits={method: _embed(group[name].pixels) for method, group in edits.items()},
         linf=int(np.abs(difference).max()),
         psnr=psnr(picture.tensor(), original.tensor()).item(),
-        edit_ssim=ssim(edits[name].tensor(), edits["clean"].tensor()).item(),
+        edit_ssim={
+            method: ssim(group[name].tensor(), group["clean"].tensor()).item() for method, group in edits.items()
+        },
     )
 
 

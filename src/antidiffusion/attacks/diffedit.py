@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
-from antidiffusion.attacks.inversion import invert
+from antidiffusion.attacks.inversion import invert, report_from
 from antidiffusion.sampling import Report, check_size, denoise, silent
 from antidiffusion.surrogate import Embedding, Posterior, Surrogate, randn
 
@@ -58,9 +58,6 @@ class DiffEdit:
         timesteps = surrogate.scheduler.timesteps[first:]
         total = self.maps + 2 * len(timesteps)
 
-        def part(before: int) -> Report:
-            return lambda done, _: progress(before + done, total)
-
         posterior = surrogate.posterior(x)
         contrast = difference(
             posterior,
@@ -70,11 +67,11 @@ class DiffEdit:
             surrogate,
             generator,
             maps=self.maps,
-            progress=part(0),
+            progress=report_from(progress, 0, total),
         )
         mask = (contrast > self.mask_threshold * contrast.mean((1, 2, 3), keepdim=True)).float()
         z = posterior.sample(generator)
-        trajectory = invert(z, timesteps, source, surrogate, progress=part(self.maps))
+        trajectory = invert(z, timesteps, source, surrogate, progress=report_from(progress, self.maps, total))
         z = denoise(
             trajectory[0],
             timesteps,
@@ -82,7 +79,7 @@ class DiffEdit:
             surrogate,
             guidance=self.guidance,
             after=lambda done, z: mask * z + (1 - mask) * trajectory[done],
-            progress=part(self.maps + len(timesteps)),
+            progress=report_from(progress, self.maps + len(timesteps), total),
         )
         return surrogate.decode(z)
 

@@ -7,6 +7,7 @@ References:
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from inspect import signature
 
 import torch
 from torch import Generator, Tensor
@@ -44,8 +45,10 @@ def invert(
     """
     from diffusers import DDIMInverseScheduler
 
-    scheduler = DDIMInverseScheduler.from_config(surrogate.scheduler.config)
-    scheduler.set_timesteps(surrogate.scheduler.num_inference_steps)
+    # Not from_config, which warns of settings that other schedulers have, nor set_timesteps, which refuses "linspace".
+    known = signature(DDIMInverseScheduler.__init__).parameters.keys()
+    scheduler = DDIMInverseScheduler(**{k: v for k, v in surrogate.scheduler.config.items() if k in known})
+    scheduler.num_inference_steps = surrogate.scheduler.num_inference_steps
     predict = guided(embedding, surrogate, guidance, len(z))
     trajectory = [z]
     for done, t in enumerate(timesteps.flip(0), 1):
@@ -74,8 +77,7 @@ def edit_beside_source(
         x, prompts, surrogate, seed, progress: See `base.Attack`; the seed draws the posterior's noise.
         steps: DDIM steps in each direction.
         guidance: Scale of classifier-free guidance for the targets; 1 turns it off.
-        phases: Parts of the denoising in order, the last of which ends at `steps`; one that ends where it starts is
-            skipped.
+        phases: Parts of the denoising in order, the last of which ends at `steps`.
 
     Returns:
         The edited pictures, as x.
@@ -86,25 +88,22 @@ def edit_beside_source(
     surrogate.scheduler.set_timesteps(steps, device=surrogate.device)
     timesteps = surrogate.scheduler.timesteps
     z = surrogate.encode(x, Generator().manual_seed(seed))
-    z = invert(z, timesteps, source, surrogate, progress=lambda done, _: progress(done, 2 * steps))[0]
+    z = invert(z, timesteps, source, surrogate, progress=report_from(progress, 0, 2 * steps))[0]
     z = torch.cat([z, z])
     both = concatenate((source, count), (target, count))
     scale = torch.tensor([1.0, guidance]).repeat_interleave(count)
     start = 0
     for end, context in phases:
-        before = steps + start
-        if end > start:
-            with context:
-                z = denoise(
-                    z,
-                    timesteps[start:end],
-                    both,
-                    surrogate,
-                    guidance=scale,
-                    progress=lambda done, _, before=before: progress(before + done, 2 * steps),  # type: ignore[misc]
-                )
+        part = report_from(progress, steps + start, 2 * steps)
+        with context:
+            z = denoise(z, timesteps[start:end], both, surrogate, guidance=scale, progress=part)
         start = end
     return surrogate.decode(z[count:])
+
+
+def report_from(progress: Report, before: int, total: int) -> Report:
+    """Return the report of a part that starts after `before` of `total` steps."""
+    return lambda done, _: progress(before + done, total)
 
 
 def check_settings(steps: int, shares: dict[str, float]) -> None:

@@ -35,7 +35,12 @@ def protect(
     model_config: Annotated[
         str | None, typer.Option(help="Diffusers folder or hub id with a single file's configuration.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="anti-diffusion, official or random-sign.")] = "anti-diffusion",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="anti-diffusion, official, another protection of the field such as aspl or mist, or random-sign."
+        ),
+    ] = "anti-diffusion",
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
     rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")] = None,
@@ -136,7 +141,7 @@ def summary(path: str, card: dict[str, Any]) -> str:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for page and pictures.")] = Path("demo"),
-    budget: Annotated[float, typer.Option(help="In 1/255 (1 to 64).")] = 8,
+    budget: Annotated[float, typer.Option(help="In 1/255 (1 to 64).")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
