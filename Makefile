@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/antidiffusion demo -o demo
 
+# The tests' models are so small that a second thread only waits.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

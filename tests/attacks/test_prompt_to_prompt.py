@@ -1,3 +1,4 @@
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -97,6 +98,13 @@ def test_words_cover_the_tokens(tiny: Surrogate, text: str) -> None:
 def test_a_comma_is_a_word_of_its_own(tiny: Surrogate) -> None:
     found = words("a person, smiling", tiny.tokenizers[0])
     assert [word for word, _ in found] == ["a", "person", ",", "smiling"]
+
+
+def test_a_name_added_to_the_tokenizer_is_one_word(tiny: Surrogate) -> None:
+    tokenizer = deepcopy(tiny.tokenizers[0])
+    tokenizer.add_tokens(["<a.b>"])
+    assert words("see <a.b> here", tokenizer)[1][0] == "<a.b>"
+    assert sum(len(positions) for _, positions in words("<a.b>", tokenizer)) == 1
 
 
 def named(*lengths: tuple[str, int]) -> list[tuple[str, range]]:
