@@ -4,8 +4,8 @@
 
 Every recipe protects the same held-out portraits, in one run. Per recipe, on the rounded pixels:
 the denoising loss of the untouched model at fresh noise with held-out prompts, over the clean picture's and over the
-random-sign control's; the cross-attention mass moved; the similarity of SDEdit's result to the clean picture's;
-seconds. Ratios are means over pictures of the picture's own ratio, with the standard error.
+random-sign control's; the cross-attention mass moved; the similarity of its edits (SDEdit, MasaCtrl) to the clean
+picture's; seconds. Ratios are means over pictures of the picture's own ratio, with the standard error.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion import Picture, Surrogate, protect
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Attack, Prompts
+from antidiffusion.attacks.masactrl import MasaCtrl
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.protection import versions
@@ -30,7 +31,12 @@ from antidiffusion.surrogate import randn
 
 HERE = Path(__file__).parent
 EDIT_PROMPT = "a portrait of a person, wearing sunglasses and a red shirt, on a green background"
-STRENGTHS = (0.4, 0.6)
+SOURCE_PROMPT = "a portrait of a person"
+EDITS: dict[str, Attack] = {
+    "sdedit 0.4": SDEdit(strength=0.4, guidance=3.0),
+    "sdedit 0.6": SDEdit(strength=0.6, guidance=3.0),
+    "masactrl": MasaCtrl(guidance=5.0),
+}
 DRAWS = 32  # (noise, step) pairs of the held-out loss, stratified over the steps
 
 
@@ -45,6 +51,7 @@ def recipes(budget: float) -> dict[str, Recipe]:
         "anti-diffusion, no tuning": AntiDiffusion(tuning_steps=0),
         "anti-diffusion, no prompt tuning": AntiDiffusion(prompt_steps=0),
         **{f"preset {name}": preset for name, preset in PRESETS.items()},
+        **{name: recipe for name, recipe in RECIPES.items() if name != "anti-diffusion"},
     }
     return {name: replace(recipe, budget=budget) for name, recipe in all_.items()}  # type: ignore[type-var]
 
@@ -104,11 +111,11 @@ def main() -> None:
         prompts = ["a photo of a person", "a photo of sks person", caption]
         clean_loss = held_out_loss(surrogate, original.tensor(), prompts)
 
-        def edit(picture: Picture, strength: float) -> Tensor:
-            attack = SDEdit(strength=strength, guidance=3.0, steps=50)
-            return attack(picture.tensor(), Prompts(EDIT_PROMPT), surrogate, args.seed)
+        def edits(picture: Picture) -> dict[str, Tensor]:
+            request = Prompts(EDIT_PROMPT, SOURCE_PROMPT)
+            return {kind: attack(picture.tensor(), request, surrogate, args.seed) for kind, attack in EDITS.items()}
 
-        clean_edits = {strength: edit(original, strength) for strength in STRENGTHS}
+        clean_edits = edits(original)
         random_loss = 0.0
         for name, recipe in recipes(args.budget).items():
             if args.only and name not in [*args.only, "random-sign"]:
@@ -126,9 +133,8 @@ def main() -> None:
                 "attention_mass_moved": protected.card["effect"]["attention_mass_moved"],
                 "seconds": seconds,
             }
-            for strength in STRENGTHS:
-                similarity = ssim(edit(protected.picture, strength), clean_edits[strength]).item()
-                row[f"edit_ssim_{strength}"] = similarity
+            for kind, edited in edits(protected.picture).items():
+                row[f"edit_ssim {kind}"] = ssim(edited, clean_edits[kind]).item()
             rows.setdefault(name, []).append(row)
             print(f"{file} {name:34s}" + " ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
         write(args, surrogate, rows)

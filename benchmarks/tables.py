@@ -25,8 +25,9 @@ def protection() -> str:
         "loss_over_clean": "loss / clean",
         "loss_over_random": "loss / random",
         "attention_mass_moved": "attention moved",
-        "edit_ssim_0.4": "edit SSIM, strength 0.4",
-        "edit_ssim_0.6": "edit SSIM, strength 0.6",
+        "edit_ssim sdedit 0.4": "edit SSIM, SDEdit 0.4",
+        "edit_ssim sdedit 0.6": "SDEdit 0.6",
+        "edit_ssim masactrl": "MasaCtrl",
         "psnr": "PSNR",
         "seconds": "s",
     }

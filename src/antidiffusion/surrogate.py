@@ -241,9 +241,13 @@ class Surrogate:
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Return pictures `(B, 3, H, W)` float32 in [0, 1] of latents `z: (B, C, h, w)`."""
+        return self.decode_with_gradient(z).clamp(0, 1)
+
+    def decode_with_gradient(self, z: Tensor) -> Tensor:
+        """Return pictures as `decode` does, but not clamped to [0, 1]: a clamp would stop the gradient."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = (z / self.vae.config.scaling_factor + shift).to(next(self.vae.parameters()).dtype)
-        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        return self.vae.decode(latents).sample.float() / 2 + 0.5
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Embedding:

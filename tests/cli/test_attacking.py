@@ -87,7 +87,16 @@ def test_attack(loaded: Path, tiny: Surrogate, method: str) -> None:
     assert (run.code, run.out) == (0, "x.png\n"), run.err
     assert np.asarray(Image.open("x.png")).shape == (64, 128, 3)
     assert any(Path("weights").rglob("*.safetensors"))
+    assert not [path for path in Path().iterdir() if path.name.startswith(".")]
     assert all(torch.equal(*pair) for pair in zip(before, tiny.unet.parameters(), strict=True))
+
+
+def test_attack_draws_with_its_guidance(loaded: Path) -> None:
+    drawn = []
+    for guidance in ("1", "9"):
+        assert cli("attack", "lora", "photos", *TUNE, "--guidance", guidance, "--overwrite").code == 0
+        drawn.append(Path("x.png").read_bytes())
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +24,30 @@ class Tuned:
         surrogate: The tuned model; edits that are given it inside the block are edits with the tuned model.
         losses: The loss before every step of the tuning.
         size: Height and width in pixels of the pictures it was tuned to.
+        steps, guidance: Of drawing, as the attack has them: DDIM steps and scale of classifier-free guidance.
         write: Saves what was tuned in a folder that exists.
     """
 
     surrogate: Surrogate
     losses: list[float]
     size: tuple[int, int]
+    steps: int
+    guidance: float
     write: Callable[[Path], None] = field(repr=False)
     open: bool = True
 
     def sample(
-        self, prompts: Texts, seed: int, *, steps: int = 50, guidance: float = 7.5, progress: Report = silent
+        self,
+        prompts: Texts,
+        seed: int,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        progress: Report = silent,
     ) -> Tensor:
         """Draw one picture `(B, 3, H, W)` in [0, 1] for each text, of the size of the pictures it was tuned to.
+
+        Other steps or guidance than the attack's may be given.
 
         Raises:
             ValueError: If there is no text.
@@ -43,18 +55,28 @@ class Tuned:
         """
         self._check()
         texts = some_texts(prompts)
-        options: Any = {"steps": steps, "guidance": guidance, "size": self.size, "progress": progress}
+        options: Any = {"size": self.size, "progress": progress}
+        options["steps"] = self.steps if steps is None else steps
+        options["guidance"] = self.guidance if guidance is None else guidance
         return sample(texts, self.surrogate, Generator().manual_seed(seed), **options)
 
     def save(self, folder: str | Path) -> None:
         """Write what was tuned as diffusers reads it, safetensors only; each attack says the format.
 
+        Every file is whole: it is written beside the folder first. Files of other names in it stay.
+
         Raises:
             RuntimeError: If the block was left.
         """
         self._check()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.write(Path(folder))
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
+            self.write(Path(partial))
+            for path in sorted(path for path in Path(partial).rglob("*") if path.is_file()):
+                target = folder / path.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
 
     def _check(self) -> None:
         if not self.open:
@@ -126,8 +148,7 @@ class Tuning:
             raise ValueError(f"expected one source text that all pictures are tuned to, got {len(sources)}")
         tuned = self.tuned(x, sources[0], surrogate, seed, progress=lambda done, _: progress(done, total))
         with tuned as model:
-            options: Any = {"steps": self.sampling_steps, "guidance": self.guidance}
-            return model.sample(targets, seed, progress=lambda done, _: progress(before + done, total), **options)
+            return model.sample(targets, seed, progress=lambda done, _: progress(before + done, total))
 
     @contextmanager
     def tuned(
@@ -160,7 +181,8 @@ class Tuning:
                 for value in fit(parameters, loss, **options):
                     losses.append(value)
                     progress(before + len(losses), total)
-            model = Tuned(surrogate, losses, (x.shape[-2], x.shape[-1]), write)
+            size = (x.shape[-2], x.shape[-1])
+            model = Tuned(surrogate, losses, size, self.sampling_steps, self.guidance, write)
             try:
                 yield model
             finally:

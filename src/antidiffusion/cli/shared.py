@@ -61,9 +61,10 @@ def common(
 @contextmanager
 def usage() -> Iterator[None]:
     """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note."""
-    warnings.showwarning = lambda message, *_: stderr.print(f"note: {message}", style="yellow")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: stderr.print(f"note: {message}", style="yellow")
+            yield
     except (ValueError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError):

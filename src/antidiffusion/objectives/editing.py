@@ -48,9 +48,4 @@ class EditTarget:
             output = self.surrogate.predict(z, t.expand(len(z)), self.embedding)
             noise = randn(z.shape, generator, z)
             z = scheduler.step(output, t, z, eta=self.eta, variance_noise=noise).prev_sample
-        return self._decode(z)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        vae = self.surrogate.vae
-        latents = z / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        return vae.decode(latents.to(next(vae.parameters()).dtype)).sample.float() / 2 + 0.5
+        return self.surrogate.decode_with_gradient(z)
