@@ -3,29 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_pipelines import pipeline
 from torch import Generator, Tensor
 
 from antidiffusion.sampling import denoise, sample
 from antidiffusion.surrogate import Surrogate, randn
 
 PROMPTS = ["a photo of a person", "a red hat"]
-
-
-def pipeline(surrogate: Surrogate, kind: str = "") -> Any:
-    """diffusers' own pipeline around the surrogate's parts; `kind` is "" or "Img2Img"."""
-    import diffusers
-
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts["scheduler"] = diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)
-    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
-        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(surrogate.tokenizers) == 2:
-        built = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")(**parts, add_watermarker=False)
-    else:
-        extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-        built = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts, **extras, requires_safety_checker=False)
-    built.set_progress_bar_config(disable=True)
-    return built
 
 
 @pytest.fixture

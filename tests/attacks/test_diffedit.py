@@ -3,6 +3,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers_pipelines import pipeline
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
@@ -15,21 +16,17 @@ SOURCE, TARGET = "a portrait of a person", "a red hat"
 PROMPTS = Prompts(TARGET, SOURCE)
 
 
-def pipeline(surrogate: Surrogate) -> Any:
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts |= {"tokenizer": surrogate.tokenizers[0], "text_encoder": surrogate.text_encoders[0]}
-    parts |= {"scheduler": diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)}
-    parts |= {"inverse_scheduler": diffusers.DDIMInverseScheduler.from_config(surrogate.scheduler.config)}
-    extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-    built = diffusers.StableDiffusionDiffEditPipeline(**parts, **extras, requires_safety_checker=False)
-    built.set_progress_bar_config(disable=True)
-    return built
+def diffedit_pipeline(surrogate: Surrogate) -> Any:
+    inverse = diffusers.DDIMInverseScheduler.from_config(surrogate.scheduler.config)
+    return pipeline(surrogate, "DiffEdit", inverse_scheduler=inverse)
 
 
 def compare_masks(x: Tensor, surrogate: Surrogate) -> None:
     options: Any = {"num_inference_steps": 10, "num_maps_per_mask": 4, "guidance_scale": 3.0}
     prompts: Any = {"source_prompt": [SOURCE], "target_prompt": [TARGET]}
-    theirs = pipeline(surrogate).generate_mask(image=x, generator=Generator().manual_seed(5), **prompts, **options)
+    theirs = diffedit_pipeline(surrogate).generate_mask(
+        image=x, generator=Generator().manual_seed(5), **prompts, **options
+    )
     surrogate.scheduler.set_timesteps(10)
     t, texts = surrogate.scheduler.timesteps[5], [surrogate.embed([text]) for text in (SOURCE, TARGET)]
     with torch.no_grad():
@@ -54,7 +51,9 @@ def test_inversion_equals_diffusers(surrogate: Surrogate, x: Tensor) -> None:
     if len(surrogate.text_encoders) == 2:
         pytest.skip("diffusers' DiffEdit knows no SDXL")
     options: Any = {"num_inference_steps": 5, "inpaint_strength": 0.6, "guidance_scale": 1.0}
-    theirs = pipeline(surrogate).invert([SOURCE] * 2, x, generator=Generator().manual_seed(5), **options).latents
+    theirs = (
+        diffedit_pipeline(surrogate).invert([SOURCE] * 2, x, generator=Generator().manual_seed(5), **options).latents
+    )
     surrogate.scheduler.set_timesteps(5)
     with torch.no_grad():
         z = surrogate.encode(x, Generator().manual_seed(5))

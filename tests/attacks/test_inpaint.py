@@ -1,8 +1,8 @@
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from diffusers_pipelines import pipeline
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
@@ -23,18 +23,8 @@ def mask() -> Tensor:
 
 
 def redrawn_by_diffusers(x: Tensor, mask: Tensor, surrogate: Surrogate, **options: Any) -> Tensor:
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts["scheduler"] = diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)
-    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
-        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(surrogate.tokenizers) == 2:
-        pipeline = diffusers.StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
-    else:
-        extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-        pipeline = diffusers.StableDiffusionInpaintPipeline(**parts, **extras, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
     size = {"height": x.shape[-2], "width": x.shape[-1], "output_type": "pt"}
-    return pipeline([PROMPT] * len(x), image=x, mask_image=mask, **size, **options).images
+    return pipeline(surrogate, "Inpaint")([PROMPT] * len(x), image=x, mask_image=mask, **size, **options).images
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])

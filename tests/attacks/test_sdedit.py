@@ -1,8 +1,8 @@
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from diffusers_pipelines import pipeline
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
@@ -12,23 +12,10 @@ from antidiffusion.surrogate import Surrogate
 PROMPT = "a portrait of a person wearing a hat"
 
 
-def edited_by_diffusers(x: Tensor, surrogate: Surrogate, **options: Any) -> Tensor:
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts["scheduler"] = diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)
-    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
-        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(surrogate.tokenizers) == 2:
-        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
-    else:
-        extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-        pipeline = diffusers.StableDiffusionImg2ImgPipeline(**parts, **extras, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline([PROMPT] * len(x), image=x, output_type="pt", **options).images
-
-
 def compare(x: Tensor, surrogate: Surrogate, strength: float) -> None:
     options: Any = {"strength": strength, "generator": Generator().manual_seed(3)}
-    theirs = edited_by_diffusers(x, surrogate, num_inference_steps=10, guidance_scale=4.0, **options)
+    options |= {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "pt"}
+    theirs = pipeline(surrogate, "Img2Img")([PROMPT] * len(x), image=x, **options).images
     ours = SDEdit(strength=strength, guidance=4, steps=10)(x, Prompts(PROMPT), surrogate, seed=3)
     assert ours.shape == x.shape
     assert (ours - theirs).abs().max() < 1e-3
