@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check smoke bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/antidiffusion demo -o demo
@@ -16,6 +16,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every part of the benchmark once, on the embedded model.
+smoke: $(VENV)/installed-dev
+	rm -rf smoke
+	$(BIN)/antidiffusion bench --smoke -o smoke --jobs 2
+	$(BIN)/antidiffusion report smoke/rows.jsonl -o smoke/report.html
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/protection.py
@@ -31,4 +37,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo smoke

@@ -4,8 +4,8 @@
     python benchmarks/attacks.py editing [--items 50]            # on Defense-Edit-Synth
 
 Tuning: how much nearer samples of "a photo of sks person" come to the person (dlib) than the untuned model's with the
-same noise, and whether "a portrait of another person" still draws others. Editing: whether the classifier of
-attributes.py sees the asked value, and what happens to the rest. Results go to results/attacks_*.json, contact sheets
+same noise, and whether "a portrait of another person" still draws others. Editing: whether the package's
+classifier sees the asked value, and what happens to the rest. Results go to results/attacks_*.json, contact sheets
 to docs/attacks_*.png. `--only NAME...` runs some and keeps the other results.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attributes import Attributes
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -26,7 +25,8 @@ from antidiffusion import Picture, Surrogate
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, fitted_mask
-from antidiffusion.defense_edit import Item, read, synthetic
+from antidiffusion.defense_edit import asked, read, synthetic
+from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.fidelity import ssim
 from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism
 from antidiffusion.metrics.statistics import bootstrap
@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "textual-inversion": {"steps": 200, "batch_size": 4, "learning_rate": 2e-2},
     "custom-diffusion": {"steps": 200, "batch_size": 4, "learning_rate": 1e-3},
 }
-ATTRIBUTES = {"hair": "hair", "glasses": "glasses", "clothing": "clothing", "background": "background", "age": "age"}
+CATEGORIES = ("hair", "glasses", "clothing", "background", "age")  # few expressions can be judged
 GUIDANCE = 5.0
 SHOWN = 4  # people on a contact sheet
 
@@ -114,7 +114,7 @@ def tuning(surrogate: Surrogate, folder: Path, identities: int, only: list[str] 
 
 def editing(surrogate: Surrogate, count: int, only: list[str] | None) -> None:
     network, faces, path = Attributes.load(), DlibFaces(), RESULTS / "attacks_editing.json"
-    items = [item for item in read(synthetic()) if item.category in ATTRIBUTES][:count]
+    items = [item for item in read(synthetic()) if item.category in CATEGORIES][:count]
     pictures = [Picture.read(item.picture) for item in items]
     x = torch.cat([fitted(picture, surrogate) for picture in pictures])
     masks = torch.cat([fitted_mask(Picture.read(i.mask), p, surrogate) for i, p in zip(items, pictures, strict=True)])
@@ -125,12 +125,12 @@ def editing(surrogate: Surrogate, count: int, only: list[str] | None) -> None:
     def judged(y: Tensor) -> dict[str, Any]:
         seen = network.classify(y)
         wanted = [asked(item) for item in items]
-        hits = [seen[k][name] == value for k, (name, value) in enumerate(wanted)]
+        hits = [want is not None and seen[k][want[0]] == want[1] for k, want in enumerate(wanted)]
         share = masks.mean((1, 2, 3))
         kept = (ssim(masks * x + (1 - masks) * y, x) - share) / (1 - share)  # windows inside count as kept: 1
         found = zip(people, faces.embed(y), strict=True)
         near = [float((a - b).norm()) for a, b in found if a is not None and b is not None]
-        by = {c: statistics.fmean(h for h, i in zip(hits, items, strict=True) if i.category == c) for c in ATTRIBUTES}
+        by = {c: statistics.fmean(h for h, i in zip(hits, items, strict=True) if i.category == c) for c in CATEGORIES}
         outside = {"ssim_outside": interval(kept.tolist()), "face_distance": interval(near)}
         return {"success": interval([float(hit) for hit in hits]), "success_by_category": by, **outside}
 
@@ -150,12 +150,6 @@ def editing(surrogate: Surrogate, count: int, only: list[str] | None) -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
         show([x[:12], y[:12], x[12:24], y[12:24]], DOCS / f"attacks_{name}.png")
         print(name, json.dumps(results[name]), flush=True)
-
-
-def asked(item: Item) -> tuple[str, str]:
-    """Return the classifier's attribute and the class that an edit asks for."""
-    value = item.value if item.category != "age" else ("old" if item.value == "old" else "other")
-    return ATTRIBUTES[item.category], value
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""A small classifier of what a synthetic portrait shows, trained on renders; it judges samples and edits of `mini`.
+"""Train the classifier of `antidiffusion.metrics.attributes` on renders; it judges samples and edits of `mini`.
 
     cd tools && python -m portraits train ASSETS DATA --count 12000 && python -m portraits identities ASSETS IDS
-    python benchmarks/attributes.py DATA IDS     # writes attributes.safetensors and results/attributes.json
+    python benchmarks/attributes.py DATA IDS     # writes the package's weights and results/attributes.json
 
 Its own accuracy, on held-out identities and on their reconstructions by the autoencoder, is in the results.
 """
@@ -16,23 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from antidiffusion.metrics.attributes import CLASSES, COLOURS, WEIGHTS, Attributes
 
 HERE = Path(__file__).parent
-WEIGHTS = HERE / "attributes.safetensors"
-COLOURS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
-CLASSES: dict[str, tuple[str, ...]] = {
-    "hair": ("none", "black", "blond", "brown", "grey", "red", "white"),
-    "background": COLOURS,
-    "clothing": COLOURS,
-    "glasses": ("none", "glasses", "sunglasses"),
-    "beard": ("none", "moustache", "beard"),
-    "hat": ("none", "beanie"),
-    "mouth": ("other", "smile"),
-    "age": ("other", "old"),
-    "sex": ("man", "woman"),
-}
 PROMPTED = ("hair", "background", "glasses", "clothing", "beard")  # what samples are judged by
 BEARDS = {"beard": "beard", "longbeard": "beard", "moustache": "moustache"}  # stubble hardly shows at 128 pixels
 
@@ -69,54 +58,6 @@ def stated(caption: str) -> dict[str, str]:
     said["glasses"] = next((worn for worn in ("sunglasses", "glasses") if worn in caption), "none")
     said["beard"] = next((kind for kind in ("moustache", "beard") if kind in caption), "none")
     return said
-
-
-class Block(nn.Module):
-    """Two convolutions around a residual connection."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU())
-        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1), nn.GroupNorm(8, outputs))
-        self.skip = nn.Conv2d(inputs, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.second(self.first(x)) + self.skip(x))
-
-
-class Attributes(nn.Module):
-    """Classify pictures `(B, 3, 128, 128)` in [0, 1].
-
-    The average over positions would lose where a colour is, so the top is flattened over a 4 x 4 grid.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        stem = nn.Conv2d(3, 24, 5, 2, 2)
-        self.body = nn.Sequential(stem, nn.SiLU(), Block(24, 32, 2), Block(32, 64, 2), Block(64, 96, 2))
-        self.top = nn.Sequential(nn.Conv2d(96, 32, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
-        self.heads = nn.ModuleDict({name: nn.Linear(512, len(classes)) for name, classes in CLASSES.items()})
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the features `(B, 512)` under the heads, for distances between sets."""
-        return self.top(self.body(2 * x - 1))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features = self.features(x)
-        return {name: head(features) for name, head in self.heads.items()}
-
-    @torch.no_grad()
-    def classify(self, x: Tensor) -> list[dict[str, str]]:
-        """Return the most likely class of every attribute of every picture."""
-        best = {name: logits.argmax(1).tolist() for name, logits in self(x).items()}
-        return [{name: CLASSES[name][best[name][i]] for name in CLASSES} for i in range(len(x))]
-
-    @classmethod
-    def load(cls) -> "Attributes":
-        """Load the committed weights."""
-        network = cls()
-        network.load_state_dict({key: value.float() for key, value in load_file(WEIGHTS).items()})
-        return network.eval().requires_grad_(False)
 
 
 def held_out(folder: Path) -> tuple[Tensor, list[dict[str, str]], list[str]]:

@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py IDS [--model mini] [--out benchmarks/results/quality.json] [--sheet docs/samples.png]
 
-IDS are held-out identities of tools/portraits; their captions are the prompts. Attributes are judged by the classifier
-of attributes.py, faces by dlib.
+IDS are held-out identities of tools/portraits; their captions are the prompts. Attributes are judged by the package's
+classifier, faces by dlib.
 """
 
 import argparse
@@ -12,11 +12,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from attributes import PROMPTED, Attributes, held_out, stated
+from attributes import PROMPTED, held_out, stated
 from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
+from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.protection import versions

@@ -217,7 +217,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`here`, and whatever model is asked for, a tiny one is there already."""
-    monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options: tiny)
+    monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options, **named: tiny)
     return here
 
 

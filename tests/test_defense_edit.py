@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from antidiffusion.defense_edit import DatasetError, read, synthetic
+from antidiffusion.defense_edit import DatasetError, Item, asked, read, synthetic
+from antidiffusion.metrics.attributes import CLASSES
 from antidiffusion.picture import Picture
 
 
@@ -80,3 +81,31 @@ def test_a_changed_or_missing_file_is_refused(tmp_path: Path) -> None:
     first.picture.unlink()
     with pytest.raises(DatasetError, match=r"expected 000\.webp as .* says, got no such file"):
         read(copy)
+
+
+@pytest.mark.parametrize(
+    ("category", "value", "wanted"),
+    [
+        ("hair", "blond", ("hair", "blond")),
+        ("glasses", "sunglasses", ("glasses", "sunglasses")),
+        ("clothing", "orange", ("clothing", "orange")),
+        ("background", "grey", ("background", "grey")),
+        ("age", "old", ("age", "old")),
+        ("age", "young", ("age", "other")),
+        ("expression", "smiling", ("mouth", "smile")),
+        ("expression", "laughing", ("mouth", "smile")),
+        ("expression", "winking", None),
+        ("clothing", "tartan", None),
+        ("", "", None),
+    ],
+)
+def test_what_an_edit_asks_of_the_classifier(category: str, value: str, wanted: tuple[str, str] | None) -> None:
+    assert asked(Item("x", Path("x.png"), "a hat", category=category, value=value)) == wanted
+
+
+def test_the_classifier_can_judge_all_of_ours_but_expressions() -> None:
+    items = read(synthetic())
+    wanted = {item.name: want for item in items if (want := asked(item))}
+    assert all(value in CLASSES[name] for name, value in wanted.values())
+    assert {item.category for item in items if item.name not in wanted} == {"expression"}
+    assert len(wanted) == 102 - 13

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 import antidiffusion
-from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism
+from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism, likeness
 from antidiffusion.picture import Picture
 
 PORTRAITS = [
@@ -156,3 +156,14 @@ def test_scores_of_the_same_the_opposite_and_no_face() -> None:
         for missing in ([], [None]):
             with pytest.raises(ValueError, match=r"expected a reference picture with a face, got none in .; "):
                 score([face], missing)
+
+
+def test_likeness_falls_with_lost_faces_and_with_other_ones() -> None:
+    person, near, far = torch.zeros(128), torch.zeros(128), torch.zeros(128)
+    near[0], far[0] = 0.25, 1.5
+    assert likeness([person, near], [person]) == pytest.approx((1 + 0.75) / 2)
+    assert likeness([person, near, None, far], [person, None]) == pytest.approx((1 + 0.75) / 4)
+    assert likeness([None], [person]) == 0
+    for embeddings, reference in (([], [person]), ([near], [None])):
+        with pytest.raises(ValueError, match="expected"):
+            likeness(embeddings, reference)

@@ -11,7 +11,8 @@ ROOT = Path(antidiffusion.__file__).parent
 # From the top down: a module imports only from layers below its own, or from its own.
 LAYERS = [
     {"cli"},
-    {"batch", "demo", "defense_edit"},
+    {"bench"},
+    {"batch", "demo", "report", "defense_edit", "people"},
     {"protection", "attacks", "sampling", "purify"},
     {"metrics", "recipes"},
     {"optimize", "tune"},

@@ -4,23 +4,26 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
-from antidiffusion.metrics.statistics import bootstrap
+from antidiffusion.metrics.statistics import Floats, bootstrap, percentiles, resample
 
 
-def figures(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
+def deviation(values: Floats, axis: int | None = None) -> Floats:
+    return values.std(axis, ddof=1)
+
+
+def figures(count: int, seed: int) -> Floats:
+    return np.random.default_rng([1, seed]).standard_normal(count) + 3  # apart from the draws of the resamples
 
 
 @pytest.mark.parametrize("confidence", [0.68, 0.95])
-@pytest.mark.parametrize(("ours", "theirs"), [(torch.mean, np.mean), (torch.std, lambda v, axis: v.std(axis, ddof=1))])
+@pytest.mark.parametrize(("ours", "theirs"), [(np.mean, np.mean), (deviation, deviation)])
 def test_equals_scipy_up_to_the_draws(ours: object, theirs: object, confidence: float) -> None:
     assert callable(ours) and callable(theirs)
     values = figures(30, 0)
     low, high = bootstrap(values, ours, seed=0, confidence=confidence, resamples=5000)
     options = {"confidence_level": confidence, "n_resamples": 5000, "method": "percentile"}
-    expected = scipy.stats.bootstrap((values.numpy(),), theirs, rng=np.random.default_rng(0), **options)
+    expected = scipy.stats.bootstrap((values,), theirs, rng=np.random.default_rng(0), **options)
     assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.02)
 
 
@@ -32,7 +35,7 @@ def test_covers_the_truth_as_often_as_it_says() -> None:
 def test_a_row_of_figures_stays_together() -> None:
     """The ratio of paired columns is the same in every resample."""
     column = figures(10, 0)
-    pairs = torch.stack([column, 2 * column], 1)
+    pairs = np.stack([column, 2 * column], 1)
     interval = bootstrap(pairs, lambda rows: rows[:, 1].sum() / rows[:, 0].sum(), seed=0)
     assert interval == pytest.approx((2, 2))
 
@@ -55,3 +58,16 @@ def test_figures_that_are_missing_are_refused(values: Sequence[float]) -> None:
 def test_settings_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"expected a confidence in \(0, 1\) and .*; "):
         bootstrap([1.0, 2.0], seed=0, **options)  # type: ignore[arg-type]
+
+
+def test_draws_stay_within_their_stratum() -> None:
+    strata = ["a", "b", "a", "b", "b"]
+    rows = resample(strata, seed=0, resamples=300)
+    assert rows.shape == (300, 5)
+    assert all(sorted(strata[index] for index in row) == sorted(strata) for row in rows)
+    assert set(rows.flat) == set(range(5))
+    assert (rows != resample(strata, seed=1, resamples=300)).any()
+
+
+def test_percentiles_of_known_draws() -> None:
+    assert percentiles(np.arange(101.0), 0.9) == pytest.approx((5, 95))

@@ -213,6 +213,53 @@ def test_low_memory_changes_memory_only(tiny: Surrogate, x: torch.Tensor, sdl: s
     assert torch.equal(tiny.embed([""]).tokens, embedding.tokens)
 
 
+@pytest.fixture
+def places(surrogate: Surrogate, monkeypatch: pytest.MonkeyPatch) -> dict[torch.nn.Module, torch.device]:
+    """Where the text encoders and the parts of the autoencoder would be if there were a second device."""
+    device = torch.device("cpu", 0)  # tells itself from "cpu", and torch computes on it
+    found = dict.fromkeys((*surrogate.text_encoders, *surrogate.vae.children()), device)
+
+    def to(module: torch.nn.Module, place: torch.device | str) -> torch.nn.Module:
+        found[module] = torch.device(place)
+        return module
+
+    monkeypatch.setattr(Surrogate, "device", property(lambda self: device))
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    return found
+
+
+def test_offload_moves_a_module_only_while_it_is_called(surrogate: Surrogate, x: torch.Tensor, places) -> None:
+    device, called = surrogate.device, set()
+    z, t = normal(2, 4, 8, 8), torch.tensor([3, 800])
+
+    def visit(module: torch.nn.Module, inputs: object) -> None:
+        called.add(module)
+        assert {part for part, place in places.items() if place == device} == {module} & places.keys()
+
+    with torch.no_grad(), surrogate.offload():
+        hooks = [module.register_forward_pre_hook(visit) for module in (surrogate.unet, *places)]
+        embedding = surrogate.embed(["a hat"])
+        surrogate.decode(surrogate.posterior(x).mean)
+        surrogate.predict(z, t, embedding)
+        assert set(places.values()) == {torch.device("cpu")}
+    assert called == {surrogate.unet, *places}
+    assert set(places.values()) == {device}
+    for hook in hooks:
+        hook.remove()
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in places)
+
+
+def test_an_offloaded_module_stays_for_its_backward_pass(surrogate: Surrogate, places) -> None:
+    device, encoder = surrogate.device, surrogate.text_encoders[0]
+    with pytest.raises(RuntimeError, match="stop"), surrogate.offload():
+        surrogate.embed_with_gradient(["a hat"])
+        assert places[encoder] == device
+        surrogate.embed(["a hat"])
+        assert places[encoder] == torch.device("cpu")
+        raise RuntimeError("stop")
+    assert set(places.values()) == {device}
+
+
 def test_a_tuned_embedding_reaches_the_answer(surrogate: Surrogate) -> None:
     embedding = surrogate.embed([""])
     tokens = embedding.tokens.requires_grad_()

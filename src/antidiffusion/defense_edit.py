@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from antidiffusion.metrics.attributes import CLASSES
+
 PICTURES = frozenset({".jpg", ".jpeg", ".png"})  # of the paper's layout
 PROMPT, MANIFEST = "prompt.txt", "manifest.json"
 
@@ -79,6 +81,23 @@ def read(root: Path) -> list[Item]:
             raise DatasetError(f"expected a sentence in {prompt}, got an empty file; say what the edit should show")
         items.append(Item(folder.relative_to(root).as_posix(), found[0], text))
     return items
+
+
+def asked(item: Item) -> tuple[str, str] | None:
+    """Return the attribute and class of `metrics.attributes` that a successful edit shows.
+
+    "young" asks for an age that is not "old", the classifier's only other one, and some sources show that already:
+    compare with what the classifier says of the untouched picture.
+
+    Returns:
+        None where the classifier cannot judge: expressions without a smile, values it has no class for, and items of
+        the paper's layout, which have no category.
+    """
+    if item.category == "expression":
+        return ("mouth", "smile") if item.value in ("smiling", "laughing") else None
+    if item.category == "age":
+        return "age", "old" if item.value == "old" else "other"
+    return (item.category, item.value) if item.value in CLASSES.get(item.category, ()) else None
 
 
 def _read_manifest(root: Path) -> list[Item]:

@@ -99,7 +99,8 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generator, like: Tenso
     return torch.randn(shape, generator=generator, device=generator.device).to(like)
 
 
-def _warn_of_cuts(prompts: Sequence[str], tokenizer: Any) -> None:
+def warn_of_cuts(prompts: Sequence[str], tokenizer: Any) -> None:
+    """Warn of each prompt that is longer than the tokenizer's window, with the text that is cut off."""
     room = tokenizer.model_max_length - 2  # begin and end of text
     for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids:
         if len(ids) > room:
@@ -252,7 +253,7 @@ class Surrogate:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Embedding:
         """Embed prompts `(B)`; text beyond the window is cut, as in diffusers, with a warning that names it."""
-        _warn_of_cuts(prompts, self.tokenizers[0])
+        warn_of_cuts(prompts, self.tokenizers[0])
         return self.embed_with_gradient(prompts)
 
     def embed_with_gradient(self, prompts: Sequence[str]) -> Embedding:
@@ -319,3 +320,31 @@ class Surrogate:
         finally:
             for module in (self.unet, self.vae):
                 module.disable_gradient_checkpointing()
+
+    @contextmanager
+    def offload(self) -> Iterator[None]:
+        """Keep the text encoders and the autoencoder on the CPU inside the block, but while one of them is called.
+
+        For attacks on an accelerator that the UNet nearly fills. A call whose gradient is wanted leaves its module on
+        the UNet's device until the next one without, since the backward pass reads its weights.
+        """
+        device, parts = self.device, [*self.text_encoders, *self.vae.children()]
+
+        def fetch(module: Any, inputs: Any) -> None:
+            module.to(device)
+
+        def park(module: Any, inputs: Any, output: Any) -> None:
+            if not torch.is_grad_enabled():
+                module.to("cpu")
+
+        hooks = []
+        try:
+            for module in parts:
+                module.to("cpu")
+                hooks += [module.register_forward_pre_hook(fetch), module.register_forward_hook(park)]
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in parts:
+                module.to(device)

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -5,12 +7,15 @@ import pytest
 import torch
 from command_line import cli, draw
 from PIL import Image
+from torch import Tensor
 
 from antidiffusion.attacks import EDITS, TUNINGS
+from antidiffusion.cli import attacking
 from antidiffusion.surrogate import Surrogate
 
 EDIT = ["--prompt", "a red hat", "-o", "x.png", "--steps", "2"]
 TUNE = ["--prompt", "a photo of sks person", "-o", "x.png", "--steps", "1"]
+LORA = [("lora", "bfloat16"), ("lora", "float16")]
 
 
 def test_sample(loaded: Path, tiny: Surrogate) -> None:
@@ -49,6 +54,8 @@ def test_edit(loaded: Path, tiny: Surrogate, method: str) -> None:
     assert (run.code, run.out) == (0, "x.png\n"), run.err
     first = np.asarray(Image.open("x.png"))
     assert first.shape == (64, 128, 3)
+    assert cli(*command, "-o", "lean.png", "--low-memory").code == 0
+    assert Path("lean.png").read_bytes() == Path("x.png").read_bytes()
     cli(*command, "--overwrite", "--guidance", "9", "--seed", "1")
     assert (np.asarray(Image.open("x.png")) != first).any()
 
@@ -89,6 +96,60 @@ def test_attack(loaded: Path, tiny: Surrogate, method: str) -> None:
     assert any(Path("weights").rglob("*.safetensors"))
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
     assert all(torch.equal(*pair) for pair in zip(before, tiny.unet.parameters(), strict=True))
+    run = cli(
+        "attack", method, "photos", *TUNE, "--sample", "a hat", "--sample", "a person", "-o", "y.png", "--low-memory"
+    )
+    assert run.code == 0, run.err
+    assert Path("y.png").read_bytes() == Path("x.png").read_bytes()
+
+
+@pytest.fixture
+def spared(tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done to spare memory, in order."""
+    done: list[str] = []
+
+    @contextmanager
+    def offload(self: Surrogate) -> Iterator[None]:
+        done.append("offload")
+        yield
+        done.append("back")
+
+    monkeypatch.setattr(Surrogate, "offload", offload)
+    monkeypatch.setattr(type(tiny.unet), "enable_gradient_checkpointing", lambda unet: done.append("checkpoint"))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], []),
+        (["--gradient-checkpointing"], ["checkpoint"]),
+        (["--low-memory"], ["offload", "checkpoint", "back"]),
+    ],
+)
+def test_flags_that_spare_memory(loaded: Path, spared: list[str], flags: list[str], expected: list[str]) -> None:
+    run = cli("attack", "lora", "photos", *TUNE, *flags)
+    assert run.code == 0, run.err
+    assert spared == expected
+    if "--gradient-checkpointing" not in flags:
+        spared.clear()
+        run = cli("edit", "sdedit", "photos/a.png", *EDIT, "--overwrite", *flags)
+        assert run.code == 0, run.err
+        assert spared == [step for step in expected if step != "checkpoint"]
+
+
+@pytest.mark.parametrize(("method", "dtype"), [*((name, "bfloat16") for name in EDITS), *LORA])
+def test_half_precision(here: Path, sd15, method: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Tensor] = []
+    monkeypatch.setattr(attacking, "_write", lambda x, *options: written.append(x))
+    Image.new("L", (70, 64), 255).save("mask.png")
+    mask = ["--mask", "mask.png"] if method == "inpaint" else []
+    command = ["edit", method, "photos/a.png", "--source-prompt", "a hat", *EDIT, *mask]
+    if method == "lora":
+        command = ["attack", "lora", "photos", *TUNE, "--steps", "4", "--learning-rate", "1e-2", "--guidance", "1"]
+    run = cli(*command, "--model", sd15.folder, "--dtype", dtype, "--device", "cpu")
+    assert run.code == 0, run.err
+    assert written[0].isfinite().all() and written[0].std() > 0.01
 
 
 def test_attack_draws_with_its_guidance(loaded: Path) -> None:

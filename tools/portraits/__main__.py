@@ -1,9 +1,10 @@
-"""Build the assets, render training pictures, held-out identities or edits, merge what is there.
+"""Build the assets, render training pictures, held-out identities, edits or people, merge what is there.
 
     python -m portraits assets ASSETS
     python -m portraits train ASSETS OUT --count 12000 --workers 2
     python -m portraits identities ASSETS OUT --count 30 --pictures 12 --workers 2
     python -m portraits edits ASSETS OUT --count 102
+    python -m portraits people ASSETS OUT --count 10
     python -m portraits merge OUT
 
 Rendering goes on where it was interrupted; `merge` makes a data set of the shards that an interrupted run left.
@@ -34,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     edits.add_argument("assets", type=Path, metavar="ASSETS")
     edits.add_argument("out", type=Path, metavar="OUT")
     edits.add_argument("--count", type=int, default=102, help="edits")
+    people = commands.add_parser("people", help="render people with photos in Anti-DreamBooth's three sets")
+    people.add_argument("assets", type=Path, metavar="ASSETS")
+    people.add_argument("out", type=Path, metavar="OUT")
+    people.add_argument("--count", type=int, default=10, help="people")
     for command in (train, identities):
         command.add_argument("--workers", type=int, default=2, help="processes, one a core")
     merge = commands.add_parser("merge", help="make a data set of the shards in OUT/shards")
@@ -70,6 +75,10 @@ def main() -> None:
         from portraits.edits import render_edits
 
         render_edits(options.assets, options.out, options.count, progress(options.count, "edits"))
+    elif options.command == "people":
+        from portraits.people import render_people
+
+        render_people(options.assets, options.out, options.count, progress(options.count, "people"))
     else:
         from portraits.dataset import render_identities
 

@@ -92,7 +92,7 @@ class _Embeddings(torch.nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         new = ids == self.token_id
         known = self.table(ids.masked_fill(new, 0))
-        return torch.where(new[..., None], self.vector.to(known.dtype), known)
+        return torch.where(new[..., None], self.vector.to(known), known)
 
 
 @contextmanager

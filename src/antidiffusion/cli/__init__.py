@@ -3,10 +3,10 @@
 import sys
 from io import TextIOWrapper
 
-from antidiffusion.cli import attacking, protecting
+from antidiffusion.cli import attacking, benchmarking, protecting, reporting
 from antidiffusion.cli.shared import app
 
-__all__ = ["app", "attacking", "main", "protecting"]
+__all__ = ["app", "attacking", "benchmarking", "main", "protecting", "reporting"]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`antidiffusion sample`, `edit` and `attack`: the misuse, to see and to measure what a protection does to it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same by
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[DType, typer.Option(help="Precision of the model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+LowMemory = Annotated[bool, typer.Option("--low-memory", help="Text encoders and autoencoder wait on the CPU; slower.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1 turns it off.")]
 
 
@@ -64,6 +65,7 @@ def edit(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = DType.auto,
+    low_memory: LowMemory = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Edit a picture with a sentence, as an attacker would: compare a photo with its protected copy."""
@@ -79,7 +81,7 @@ def edit(
         original = Picture.read(picture)
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
         region = None if mask is None else fitted_mask(Picture.read(mask), original, surrogate)
-        with _reporting(f"editing with {method}") as progress:
+        with _offloaded(surrogate, low_memory), _reporting(f"editing with {method}") as progress:
             request = Prompts(prompt, source_prompt, region)
             x = chosen(fitted(original, surrogate), request, surrogate, seed, progress=progress)
         _write(x, output, overwrite)
@@ -107,6 +109,16 @@ def attack(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = DType.auto,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them; slower.")
+    ] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="--gradient-checkpointing, and text encoders and autoencoder wait on the CPU; slower.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on a person's pictures and draw, as an attacker would."""
@@ -120,6 +132,7 @@ def attack(
 
         options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
         options |= {"--class-prompt": class_prompt, "--guidance": guidance}
+        options |= {"--gradient-checkpointing": gradient_checkpointing or low_memory or None}
         chosen = _choose(TUNINGS, method, options)
         files = [file for path in pictures for file in pictures_in(path)]
         originals = [Picture.read(file) for file in files]
@@ -128,6 +141,7 @@ def attack(
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
         x = torch.cat([squared(original, surrogate) for original in originals])
         with (
+            _offloaded(surrogate, low_memory),
             _reporting(f"tuning with {method}") as progress,
             chosen.tuned(x, prompt, surrogate, seed, progress=progress) as tuned,
         ):
@@ -136,6 +150,10 @@ def attack(
                 tuned.save(save)
         _write(drawn, output, overwrite)
     print(output)
+
+
+def _offloaded(surrogate: Any, wanted: bool) -> AbstractContextManager[None]:
+    return surrogate.offload() if wanted else nullcontext()
 
 
 def _choose(methods: dict[str, Any], name: str, options: dict[str, Any]) -> Any:

@@ -61,9 +61,16 @@ def common(
 @contextmanager
 def usage() -> Iterator[None]:
     """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note."""
+    said = set[str]()
+
+    def note(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            stderr.print(f"note: {text}", style="yellow")
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: stderr.print(f"note: {message}", style="yellow")
+            warnings.showwarning = lambda message, *_: note(str(message))
             yield
     except (ValueError, OSError) as error:
         text = str(error)

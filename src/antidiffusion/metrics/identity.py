@@ -9,11 +9,14 @@ References:
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from antidiffusion.metrics.pictures import check_pictures
 
 Embeddings = Sequence[Tensor | None]
 """One `(d,)` for each picture, or None where no face was found."""
@@ -21,8 +24,8 @@ Embeddings = Sequence[Tensor | None]
 SIDE = 384  # dlib's detector wants faces of 80 px; 128 px portraits then are upscaled 3 x
 
 
-class DlibFaces:
-    """dlib's frontal face detector, 5-point landmarks and ResNet descriptor, from installed packages only.
+class Faces:
+    """Embed the largest face of each picture, found by dlib's frontal detector; subclasses say how.
 
     The landmarks are the 5-point model's: the 68-point one may not be used commercially.
 
@@ -39,10 +42,9 @@ class DlibFaces:
             )
         import dlib
 
-        folder = Path(spec.submodule_search_locations[0]) / "models"
+        self._models = Path(spec.submodule_search_locations[0]) / "models"
         self._detect = dlib.get_frontal_face_detector()
-        self._landmarks = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
-        self._describe = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+        self._landmarks = dlib.shape_predictor(str(self._models / "shape_predictor_5_face_landmarks.dat"))
 
     def embed(self, x: Tensor) -> list[Tensor | None]:
         """Describe the largest face of each picture; a detector that fails raises, it never means "no face".
@@ -52,12 +54,12 @@ class DlibFaces:
                 by a whole factor until none is.
 
         Returns:
-            One `(128,)` float32 for each picture, or None where no face was found.
+            One `(d,)` float32 for each picture, or None where no face was found.
 
         Raises:
             ValueError: If these are no pictures in [0, 1].
         """
-        _check(x)
+        check_pictures(x)
         pixels = (x.detach().float() * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         return [self._embed(picture) for picture in pixels]
 
@@ -70,7 +72,27 @@ class DlibFaces:
         boxes = list(self._detect(pixels, 0))
         if not boxes:
             return None
-        landmarks = self._landmarks(pixels, max(boxes, key=lambda box: box.area()))
+        return self._embedding(pixels, self._landmarks(pixels, max(boxes, key=lambda box: box.area())))
+
+    def _embedding(self, pixels: np.ndarray, landmarks: Any) -> Tensor:
+        """Describe the face of dlib's landmarks in pixels `(H, W, 3)` uint8: `(d,)` float32."""
+        raise NotImplementedError
+
+
+class DlibFaces(Faces):
+    """dlib's ResNet descriptor of 128 numbers, from installed packages only.
+
+    Raises:
+        ModuleNotFoundError: If dlib or its models are not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import dlib
+
+        self._describe = dlib.face_recognition_model_v1(str(self._models / "dlib_face_recognition_resnet_model_v1.dat"))
+
+    def _embedding(self, pixels: np.ndarray, landmarks: Any) -> Tensor:
         return torch.tensor(list(self._describe.compute_face_descriptor(pixels, landmarks)))
 
 
@@ -115,6 +137,20 @@ def distance(embeddings: Embeddings, reference_embeddings: Embeddings) -> float 
     return float((faces - reference).norm(dim=-1).mean()) if len(faces) else None
 
 
+def likeness(embeddings: Embeddings, reference_embeddings: Embeddings) -> float:
+    """Return one figure for how much of the person pictures show: 1 - `distance` in [0, 1], averaged over all pictures.
+
+    A picture without a face, or farther away than 1, counts 0. So it falls both when faces vanish and when they become
+    somebody else's, which `fdfr` and `ism` say apart: benchmarks rank by it. Ours, of no paper.
+
+    Arguments and errors are `fdfr`'s and `ism`'s.
+    """
+    failed, (faces, reference) = fdfr(embeddings), _found(embeddings, reference_embeddings)
+    if not len(faces):
+        return 0.0
+    return (1 - failed) * float((1 - (faces - reference).norm(dim=-1)).clamp(min=0).mean())
+
+
 def _found(embeddings: Embeddings, reference_embeddings: Embeddings) -> tuple[Tensor, Tensor]:
     """Return the faces `(N, d)` and the mean reference `(d,)`, float64."""
     references = [embedding for embedding in reference_embeddings if embedding is not None]
@@ -124,11 +160,3 @@ def _found(embeddings: Embeddings, reference_embeddings: Embeddings) -> tuple[Te
     reference = torch.stack(references).double().mean(0)
     faces = [embedding.double() for embedding in embeddings if embedding is not None]
     return torch.stack(faces) if faces else reference.new_empty(0, len(reference)), reference
-
-
-def _check(x: Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] != 3 or not x.numel() or not x.is_floating_point():
-        raise ValueError(f"expected float pictures (B, 3, H, W), got {x.dtype} {tuple(x.shape)}; stack RGB pictures")
-    low, high = x.detach().aminmax()
-    if not (low >= 0 and high <= 1):  # NaN too
-        raise ValueError(f"expected pixels in [0, 1], got {low:.4g} to {high:.4g}; divide by 255 or clamp")

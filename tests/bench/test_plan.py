@@ -1,0 +1,117 @@
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_plans import write_plan
+
+import antidiffusion.bench
+from antidiffusion.bench.plan import ALL, HALF, Folder, Plan
+from antidiffusion.recipes import AdvDM, AntiDiffusion
+from antidiffusion.report.rows import CLEAN, CONTROL
+
+SHIPPED = Path(antidiffusion.bench.__file__).parent
+
+
+@pytest.mark.parametrize("name", ["default", "smoke"])
+def test_the_shipped_plans_compare_with_the_clean_pictures_and_the_control(name: str) -> None:
+    plan = Plan.read(SHIPPED / f"{name}.toml")
+    trials = list(plan.trials())
+    assert len({plan.key(trial) for trial in trials}) == len(trials)
+    assert {recipe.budget for recipe in plan.recipes.values() if not isinstance(recipe, Folder)} == {8}
+    attacked = Counter(trial.recipe for trial in trials if trial.kind != "protection")
+    assert {CLEAN, CONTROL, "anti-diffusion"} <= set(attacked)
+    assert len(set(attacked.values())) == 1
+    kinds = [(trial.kind == "protection", trial.recipe == CLEAN) for trial in trials]
+    assert kinds == sorted(kinds, reverse=True)
+
+
+def test_trials_are_the_product_of_what_is_asked(tmp_path: Path) -> None:
+    text = """
+    surrogate = "a"
+    attackers = ["a", "b"]
+    seeds = [1, 2]
+    purifiers = ["blur", "jpeg-50"]
+    purified = ["masactrl"]
+    recipes.advdm = { steps = 7 }
+    recipes.ours = { recipe = "anti-diffusion", sdl_weight = 0 }
+    recipes.theirs = { folder = "elsewhere" }
+    [edits]
+    dataset = "pictures"
+    attacks = { sdedit = {}, masactrl = { guidance = 3.0 } }
+    [tunings]
+    people = 1
+    settings = ["all protected", "half clean"]
+    attacks.lora = { steps = 9 }
+    """
+    path = write_plan(tmp_path, "", text.replace("{", "{{").replace("}", "}}"))
+    plan = Plan.read(path)
+    counts = Counter((trial.kind, trial.attack, trial.recipe == CLEAN) for trial in plan.trials())
+    seeds, attackers, items, recipes, washed = 2, 2, 2, 4, 3
+    assert counts == {
+        ("protection", "", False): seeds * recipes * (items + 1),
+        ("edit", "sdedit", True): seeds * attackers * items,
+        ("edit", "masactrl", True): seeds * attackers * items * washed,
+        ("tuning", "lora", True): seeds * attackers * 2,
+        ("edit", "sdedit", False): seeds * attackers * items * recipes,
+        ("edit", "masactrl", False): seeds * attackers * items * recipes * washed,
+        ("tuning", "lora", False): seeds * attackers * 2 * recipes,
+    }
+    assert plan.recipes["advdm"] == replace(AdvDM(), budget=8, steps=7)
+    assert plan.recipes["ours"] == AntiDiffusion(budget=8, sdl_weight=0)
+    assert plan.recipes["theirs"] == Folder(tmp_path / "elsewhere")
+    assert plan.tunings and plan.tunings.attacks["lora"].steps == 9
+    assert {trial.setting for trial in plan.trials() if trial.kind == "tuning"} == {ALL, HALF}
+
+
+def test_a_key_follows_everything_that_decides_the_result(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, "a")
+
+    def keys() -> set[str]:
+        plan = Plan.read(path)
+        return {plan.key(trial) for trial in plan.trials() if trial.recipe == "advdm" and trial.item == "item 0"}
+
+    first = keys()
+    assert keys() == first
+    for old, new in (('"a"', '"b"'), ("steps = 1", "steps = 3"), ("purifiers", "budget = 4\npurifiers")):
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        assert not keys() & first, new
+        path.write_text(text)
+    (tmp_path / "pictures" / "item 0" / "prompt.txt").write_text("another prompt")
+    assert not keys() & first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fragment"),
+    [
+        ("[recipes]", "[recipes", "expected TOML, got Expected"),
+        ("purifiers", "purifier", "expected .*purifiers.* in the plan, got purifier"),
+        ("bit-depth", "soap", "expected purifiers of jpeg-95.*, got 'soap'"),
+        ("advdm", "advd", "expected recipes of anti-diffusion.*, got 'advd'"),
+        ("advdm", "clean", "got 'clean'; the clean pictures are always run"),
+        ("steps = 1", "stepz = 1", "expected budget, .* in advdm, got stepz"),
+        ("sdedit", "sdedits", "expected edits of sdedit.*, got 'sdedits'"),
+        ("steps = 2", "strength = 7", "expected a strength in"),
+        ("sdedit", "inpaint", "expected a mask of every item for inpaint"),
+        ('dataset = "pictures"', 'dataset = "nowhere"', "expected folders with a picture and prompt.txt"),
+        ('dataset = "pictures"', "first = 200", "expected items from number 200 on, got a set of 102"),
+        ("[recipes]", "budget = 99\n[recipes]", "expected a budget from 1 to 64"),
+        ("[edits]", "[other]", "got other; leave it out"),
+        ("[edits]", "[edits.attacks]", "expected edits of sdedit, .*, got 'dataset'"),
+    ],
+)
+def test_mistakes(tmp_path: Path, old: str, new: str, fragment: str) -> None:
+    path = write_plan(tmp_path, "a")
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=rf"plan\.toml.*{fragment}"):
+        Plan.read(path)
+
+
+def test_another_data_set(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, "a")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_plan(other, "a", items=3)
+    plan = Plan.read(path, other / "pictures")
+    assert plan.edits and len(plan.edits.items) == 3

@@ -1,0 +1,120 @@
+import json
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_plans import write_plan
+from command_line import PROGRAM, QUIET
+from conftest import Checkpoint
+
+import antidiffusion.bench.trials
+from antidiffusion.bench import ROWS, Plan, run
+from antidiffusion.bench.runner import read_rows
+from antidiffusion.report.rows import CLEAN
+from antidiffusion.surrogate import Surrogate
+
+MEASURED = {"seconds", "peak_memory_mb"}
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    rows = [asdict(row) for row in read_rows(folder / ROWS)]
+    return {row["key"]: {key: value for key, value in row.items() if key not in MEASURED} for row in rows}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan.read(write_plan(tmp_path, "tiny"))
+
+
+def run_all(plan: Plan, folder: Path, tiny: Surrogate) -> dict[str, dict[str, Any]]:
+    done = list(run(plan, folder, lambda name: tiny))
+    assert [outcome.error for outcome in done if outcome.error] == []
+    return results(folder)
+
+
+def test_every_trial_has_its_row_and_its_pictures(plan: Plan, tmp_path: Path, tiny: Surrogate) -> None:
+    rows = run_all(plan, tmp_path / "run", tiny)
+    assert set(rows) == {plan.key(trial) for trial in plan.trials()}
+    for row in rows.values():
+        assert row["model_sha256"] == tiny.sha256
+        assert all((tmp_path / "run" / picture).is_file() for picture in row["pictures"]) and row["pictures"]
+    assert results(tmp_path / "run") == rows
+    again = list(run(plan, tmp_path / "run", lambda name: pytest.fail("a model was loaded")))
+    assert len(again) == len(rows)
+
+
+def test_several_processes_give_the_same_rows(tmp_path: Path, sd15: Checkpoint, tiny: Surrogate) -> None:
+    plan = Plan.read(write_plan(tmp_path, sd15.folder))
+    rows = run_all(plan, tmp_path / "one", tiny)
+    done = list(run(plan, tmp_path / "two", Surrogate.from_pretrained, jobs=2))
+    assert [outcome.error for outcome in done if outcome.error] == []
+    assert results(tmp_path / "two") == rows
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, sd15: Checkpoint, tiny: Surrogate) -> None:
+    path, folder = write_plan(tmp_path, sd15.folder), tmp_path / "run"
+    process = subprocess.Popen([*PROGRAM, "bench", str(path), "-o", str(folder)], env=QUIET)
+    while not (folder / ROWS).exists() or len((folder / ROWS).read_bytes().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = results(folder)
+    plan = Plan.read(path)
+    assert 3 <= len(before) < len(list(plan.trials()))
+    with (folder / ROWS).open("a") as file:
+        file.write('{"key": "half a ro')
+    rows = run_all(plan, folder, tiny)
+    assert rows == run_all(plan, tmp_path / "whole", tiny)
+    assert before.items() <= rows.items()
+
+
+def test_a_failed_trial_has_no_row_and_stops_only_what_needs_it(
+    plan: Plan, tmp_path: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = antidiffusion.bench.trials.protect
+
+    def fail(pictures: Any, recipe: Any, **options: Any) -> Any:
+        if type(recipe).__name__ == "AdvDM":
+            raise RuntimeError("out of luck")
+        return real(pictures, recipe, **options)
+
+    monkeypatch.setattr(antidiffusion.bench.trials, "protect", fail)
+    errors = [done for done in run(plan, tmp_path / "run", lambda name: tiny) if done.error]
+    assert {done.trial.recipe for done in errors} == {"advdm"}
+    assert {done.error for done in errors if done.trial.kind == "protection"} == {"out of luck"}
+    assert all("it needs a trial that failed: protection of" in str(d.error) for d in errors if d.trial.attack)
+    assert {row["recipe"] for row in results(tmp_path / "run").values()} == {CLEAN, "random-sign"}
+    monkeypatch.undo()
+    assert len(run_all(plan, tmp_path / "run", tiny)) == len(list(plan.trials()))
+
+
+def test_other_rows_other_weights_and_a_second_run_are_refused(plan: Plan, tmp_path: Path, tiny: Surrogate) -> None:
+    folder = tmp_path / "run"
+    going = run(plan, folder, lambda name: tiny)
+    next(going)
+    with pytest.raises(ValueError, match="expected a folder that no run is using"):
+        next(run(plan, folder, lambda name: tiny))
+    going.close()
+    rows = [asdict(row) for row in read_rows(folder / ROWS)]
+    (folder / ROWS).write_text(json.dumps(rows[0] | {"model_sha256": "0" * 64}) + "\n")
+    with pytest.raises(ValueError, match=r"expected the same weights of tiny, got .*, where earlier rows have 0{12}"):
+        list(run(plan, folder, lambda name: tiny))
+    (folder / ROWS).write_text(json.dumps(rows[0] | {"key": "another"}) + "\n")
+    with pytest.raises(ValueError, match=r"expected rows of this plan .*, got 1 of another"):
+        list(run(plan, folder, lambda name: tiny))
+    (folder / ROWS).write_text("[]\n")
+    with pytest.raises(ValueError, match="line 1: expected a JSON object, got list"):
+        list(run(plan, folder, lambda name: tiny))
+
+
+def test_an_inherited_flag(plan: Plan, tmp_path: Path, tiny: Surrogate) -> None:
+    rows = run_all(plan, tmp_path / "run", tiny).values()
+    names = ("item", "attack", "purifier")
+    flags = {tuple(row[name] for name in names): row["flags"] for row in rows if row["recipe"] == CLEAN}
+    others = [row for row in rows if row["kind"] == "edit" and row["recipe"] != CLEAN]
+    assert all(row["flags"] == flags[tuple(row[name] for name in names)] for row in others)

@@ -1,0 +1,149 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench_plans import write_person, write_plan
+from PIL import Image
+
+from antidiffusion.attacks import LoRA
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.pictures import fitted, squared
+from antidiffusion.attacks.sdedit import SDEdit
+from antidiffusion.bench.plan import HALF, Plan, Trial
+from antidiffusion.bench.trials import EXCEEDED, LOSSY, ZERO, Laboratory, Task
+from antidiffusion.defense_edit import read, synthetic
+from antidiffusion.metrics.fidelity import psnr, ssim
+from antidiffusion.people import Person
+from antidiffusion.picture import Picture
+from antidiffusion.purify import PURIFIERS
+from antidiffusion.report.rows import CLEAN, CONTROL, FAILED_ATTACK, Row
+from antidiffusion.surrogate import Surrogate
+
+ELSEWHERE = """
+recipes.theirs = {{ folder = "elsewhere" }}
+[edits]
+dataset = "pictures"
+attacks.sdedit = {{ steps = 2 }}
+"""
+TUNING = """
+surrogate = "{model}"
+[tunings]
+dataset = "people"
+drawn = 2
+settings = ["all protected", "half clean"]
+attacks.lora = {{ steps = 1, sampling_steps = 2 }}
+"""
+
+
+class Bench:
+    """A plan's trials by what they are, run as they are asked for."""
+
+    def __init__(self, folder: Path, surrogate: Surrogate, text: str | None = None) -> None:
+        path = write_plan(folder, "tiny") if text is None else write_plan(folder, "tiny", text)
+        self.plan = Plan.read(path)
+        self.folder = folder / "run"
+        (self.folder / "pictures").mkdir(parents=True)
+        self.run = Laboratory(self.plan, self.folder, lambda name: surrogate)
+
+    def __call__(self, kind: str, recipe: str, purifier: str = "none", **others: str) -> Row:
+        return self.run(Task(self.trial(kind, recipe, purifier, **others)))
+
+    def trial(self, kind: str, recipe: str, purifier: str = "none", **others: str) -> Trial:
+        wanted = {"kind": kind, "recipe": recipe, "purifier": purifier} | others
+        return next(t for t in self.plan.trials() if all(getattr(t, key) == value for key, value in wanted.items()))
+
+    def tensor(self, row: Row, number: int = 0) -> torch.Tensor:
+        return Picture.read(self.folder / row.pictures[number]).tensor()
+
+
+def test_a_protection_is_measured_on_the_written_file(tmp_path: Path, tiny: Surrogate) -> None:
+    bench = Bench(tmp_path, tiny)
+    row = bench("protection", CONTROL)
+    original = Picture.read(tmp_path / "pictures" / "item 0" / "example.png").tensor()
+    written = bench.tensor(row)
+    assert row.metrics["linf"] == round(255 * (written - original).abs().max().item()) == 8
+    assert row.metrics["psnr"] == pytest.approx(psnr(written, original).item())
+    assert row.metrics["ssim"] == pytest.approx(ssim(written, original).item())
+    assert row.metrics["loss_ratio"] > 0
+    assert row.flags == []
+
+
+def test_an_edit_is_the_attack_on_what_was_written(tmp_path: Path, tiny: Surrogate) -> None:
+    bench = Bench(tmp_path, tiny)
+    protected = Picture.read(bench.folder / bench("protection", CONTROL).pictures[0])
+    for purifier in ("none", "bit-depth"):
+        clean, row = bench("edit", CLEAN, purifier), bench("edit", CONTROL, purifier)
+        x = fitted(protected, tiny)
+        washed = x if purifier == "none" else PURIFIERS[purifier](x, tiny, 0)
+        edited = SDEdit(steps=2)(washed, Prompts("a person with hat 0"), tiny, 0)
+        assert torch.equal(bench.tensor(row), (edited * 255).round() / 255)
+        assert row.metrics["ssim_to_clean"] == pytest.approx(ssim(bench.tensor(row), bench.tensor(clean)).item())
+        assert row.metrics["psnr_to_clean"] == pytest.approx(psnr(bench.tensor(row), bench.tensor(clean)).item())
+        assert row.metrics["success"] is None  # no category: nobody can tell
+        assert "ssim_to_clean" not in clean.metrics
+
+
+def test_pictures_made_elsewhere_are_flagged(tmp_path: Path, tiny: Surrogate) -> None:
+    bench = Bench(tmp_path, tiny, ELSEWHERE)
+    with pytest.raises(ValueError, match=r"expected one picture item 0\.\* in .*elsewhere, got 0"):
+        bench("protection", "theirs")
+    original = np.asarray(Image.open(tmp_path / "pictures" / "item 0" / "example.png"))
+    (tmp_path / "elsewhere").mkdir()
+    moved = np.clip(original.astype(int) + 9, 0, 255).astype(np.uint8)
+    for pixels, name, flags in (
+        (original, "item 0.png", [ZERO]),
+        (moved, "item 0.png", [EXCEEDED]),
+        (original, "item 0.jpg", [EXCEEDED, LOSSY]),
+    ):
+        Image.fromarray(pixels).save(tmp_path / "elsewhere" / name)
+        assert bench("protection", "theirs").flags == flags
+        (tmp_path / "elsewhere" / name).unlink()
+    Image.fromarray(original[:, :-1]).save(tmp_path / "elsewhere" / "item 0.png")
+    with pytest.raises(ValueError, match="of the original's size"):
+        bench("protection", "theirs")
+
+
+def test_success_is_what_the_classifier_sees_and_did_not_see_before(tmp_path: Path, tiny: Surrogate) -> None:
+    bench = Bench(tmp_path, tiny).run
+    items = [item for item in read(synthetic()) if item.category in ("background", "clothing")][:8]
+    for item in items:
+        source, truth = (Picture.read(file).tensor() for file in (item.picture, item.edited) if file)
+        assert bench._success(item, source, source) == 0
+        assert bench._success(item, truth, truth) is None
+    seen = [bench._success(i, *(Picture.read(f).tensor() for f in (i.edited, i.picture) if f)) for i in items]
+    assert sum(value or 0 for value in seen) >= 7
+    assert bench._success(replace(items[0], category="", value=""), source, source) is None
+
+
+def test_tuning_compares_with_the_reference_and_the_untuned_model(
+    tmp_path: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_person(tmp_path)
+    bench = Bench(tmp_path, tiny, TUNING)
+    tuned_to: list[torch.Tensor] = []
+    real = LoRA.tuned
+
+    def spy(self: LoRA, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        tuned_to.append(x)
+        return real(self, x, *arguments, **options)
+
+    monkeypatch.setattr(LoRA, "tuned", spy)
+    protected = bench("protection", CONTROL)
+    assert len(protected.pictures) == 4
+    row, half = bench("tuning", CONTROL), bench("tuning", CONTROL, setting=HALF)
+    clean = bench("tuning", CLEAN)
+    person = bench.plan.item(bench.trial("tuning", CLEAN))
+    assert isinstance(person, Person)
+    files = [bench.folder / name for name in protected.pictures]
+    for x, expected in zip(tuned_to, (files, [*files[:2], *person.others[:2]], list(person.published)), strict=True):
+        assert torch.equal(x, torch.cat([squared(Picture.read(file), tiny) for file in expected]))
+    for measured in (row, half, clean):  # an untrained model draws no face
+        assert (measured.metrics["fdfr"], measured.metrics["distance"]) == (1, None)
+        assert len(measured.pictures) == 4
+    assert clean.flags == [FAILED_ATTACK]
+    assert row.flags == []
+    inherited = bench.run(Task(bench.trial("tuning", CONTROL), (FAILED_ATTACK,)))
+    assert inherited.flags == [FAILED_ATTACK]
