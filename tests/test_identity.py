@@ -164,6 +164,8 @@ def test_likeness_falls_with_lost_faces_and_with_other_ones() -> None:
     assert likeness([person, near], [person]) == pytest.approx((1 + 0.75) / 2)
     assert likeness([person, near, None, far], [person, None]) == pytest.approx((1 + 0.75) / 4)
     assert likeness([None], [person]) == 0
+    right, up = torch.eye(128)[:2]
+    assert likeness([right, up, -right, None], [right], cosine=True) == pytest.approx(1 / 4)
     for embeddings, reference in (([], [person]), ([near], [None])):
         with pytest.raises(ValueError, match="expected"):
             likeness(embeddings, reference)

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench_plans import write_person, write_plan
+from bench_plans import PLAN, write_person, write_plan
 from PIL import Image
 
+import antidiffusion.bench.trials
 from antidiffusion.attacks import LoRA
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, squared
@@ -84,6 +85,40 @@ def test_an_edit_is_the_attack_on_what_was_written(tmp_path: Path, tiny: Surroga
         assert row.metrics["psnr_to_clean"] == pytest.approx(psnr(bench.tensor(row), bench.tensor(clean)).item())
         assert row.metrics["success"] is None  # no category: nobody can tell
         assert "ssim_to_clean" not in clean.metrics
+
+
+def test_the_users_own_metrics(tmp_path: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models are tested on their own; here, what they are given and where their figures go."""
+    asked: list[object] = []
+
+    def lpips(weights: Path) -> Any:
+        asked.append(weights)
+        return lambda x, y: (x - y).abs().mean((1, 2, 3))
+
+    def clip(model: str) -> Any:
+        asked.append(model)
+        return lambda x, texts: torch.tensor([float(len(texts[0]))])
+
+    monkeypatch.setattr(antidiffusion.bench.trials, "LPIPS", lpips)
+    monkeypatch.setattr(antidiffusion.bench.trials, "ClipScore", clip)
+    (tmp_path / "alex.safetensors").touch()
+    text = PLAN + '[metrics]\nlpips = "alex.safetensors"\nclip = "someone/clip"\n'
+    bench = Bench(tmp_path, tiny, text)
+    protected, clean, edited = bench("protection", CONTROL), bench("edit", CLEAN), bench("edit", CONTROL)
+    original = Picture.read(tmp_path / "pictures" / "item 0" / "example.png").tensor()
+    apart = [
+        (a - b).abs().mean().item()
+        for a, b in ((bench.tensor(protected), original), (bench.tensor(edited), bench.tensor(clean)))
+    ]
+    assert [protected.metrics["lpips"], edited.metrics["lpips_to_clean"]] == pytest.approx(apart)
+    assert edited.metrics["clip_score"] == clean.metrics["clip_score"] == len("a person with hat 0")
+    assert asked == [tmp_path / "alex.safetensors", "someone/clip"]
+    assert edited.backends == {
+        "faces": "dlib",
+        "attributes": "mini's classifier",
+        "lpips": "alex.safetensors",
+        "clip": "clip",
+    }
 
 
 def test_pictures_made_elsewhere_are_flagged(tmp_path: Path, tiny: Surrogate) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 ALL, HALF = "all protected", "half clean"
 DATASETS = {"defense-edit-synth": defense_edit.synthetic, "people-synth": people.synthetic}
+
+
+METRICS = ("lpips", "clip", "arcface")
+"""Safetensors of AlexNet, a CLIP model's folder or cached hub id, an ONNX file: see `antidiffusion.metrics`."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Plan:
         edits, tunings: The attacks, or None.
         purifiers: Names in `PURIFIERS` that pictures are washed with before an attack, beside none.
         purified: The attacks before which that happens.
+        metrics: Models that the user has beside what ships, see `METRICS`.
     """
 
     budget: float
@@ -105,6 +110,7 @@ class Plan:
     tunings: Tunings | None = None
     purifiers: tuple[str, ...] = ()
     purified: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, dataset: Path | None = None) -> "Plan":
@@ -180,7 +186,7 @@ class Plan:
             [item.picture, item.mask] if isinstance(item, Item) else [*item.reference, *item.published, *item.others]
         )
         texts = [item.source_prompt, item.target_prompt] if isinstance(item, Item) else []
-        content = [asdict(trial), self.surrogate, self.budget, self.settings(trial), texts]
+        content = [asdict(trial), self.surrogate, self.budget, self.settings(trial), texts, self.metrics]
         content += [_digest(file) for file in files if file]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -196,8 +202,8 @@ def _described(method: Any) -> dict[str, Any]:
 
 
 def _plan(content: dict[str, Any], base: Path) -> Plan:
-    known = {"budget", "surrogate", "attackers", "seeds", "recipes", "edits", "tunings", "purifiers", "purified"}
-    _only(content, known, "the plan")
+    lists = {"budget", "surrogate", "attackers", "seeds", "purifiers", "purified"}
+    _only(content, lists | {"recipes", "edits", "tunings", "metrics"}, "the plan")
     budget, surrogate = content.get("budget", 8), content.get("surrogate", "mini")
     Linf(budget)
     recipes = {CONTROL: {}} | _table(content, "recipes")
@@ -220,6 +226,7 @@ def _plan(content: dict[str, Any], base: Path) -> Plan:
         tunings,
         _names(content.get("purifiers", []), PURIFIERS, "purifiers"),
         _names(content.get("purified", attacks), attacks, "attacks"),
+        _metrics(_table(content, "metrics"), base),
     )
 
 
@@ -254,6 +261,11 @@ def _tunings(section: dict[str, Any], base: Path) -> Tunings:
     attacks = {key: _changed(TUNINGS[key], options, key) for key, options in given.items()}
     settings = _names(section.get("settings", [ALL]), (ALL, HALF), "settings")
     return Tunings(name, chosen, attacks, settings, **{key: section[key] for key in texts & section.keys()})
+
+
+def _metrics(section: dict[str, Any], base: Path) -> dict[str, str]:
+    _only(section, set(METRICS), "[metrics]")
+    return {key: str(base / name) if (base / name).exists() else name for key, name in section.items()}
 
 
 def _dataset(name: str, base: Path) -> tuple[str, Path]:

@@ -16,9 +16,12 @@ from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.bench.plan import HALF, Folder, Plan, Trial
 from antidiffusion.defense_edit import Item, asked
+from antidiffusion.metrics.arcface import ArcFace
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism, likeness
+from antidiffusion.metrics.identity import DlibFaces, Faces, distance, fdfr, ism, likeness
+from antidiffusion.metrics.perceptual import LPIPS
+from antidiffusion.metrics.semantic import ClipScore
 from antidiffusion.people import Person
 from antidiffusion.picture import READABLE, WRITERS, Picture, linf
 from antidiffusion.protection import effect, peak_memory, protect, versions
@@ -104,7 +107,7 @@ class Laboratory:
             settings=self.plan.settings(trial),
             model_sha256=sha256,
             versions=versions(),
-            backends={"faces": "dlib", "attributes": "mini's classifier"},
+            backends=self.backends,
         )
 
     def _protect(self, trial: Trial, surrogate: Surrogate) -> Outcome:
@@ -139,6 +142,8 @@ class Laboratory:
         pairs = [(a.tensor(), b.tensor()) for a, b in zip(pictures, originals, strict=True)]
         metrics: Metrics = {"linf": max(moved), "ssim": fmean(ssim(*pair).item() for pair in pairs)}
         metrics["psnr"] = fmean(psnr(*pair).item() for pair in pairs) if min(moved) else None
+        if "lpips" in self.plan.metrics:
+            metrics["lpips"] = fmean(self._lpips(*pair).item() for pair in pairs)
         flags = [ZERO] if not min(moved) else []
         return metrics, flags + ([EXCEEDED] if max(moved) > self.plan.budget else [])
 
@@ -152,15 +157,23 @@ class Laboratory:
         edited = _picture(edits.attacks[trial.attack](x, prompts, surrogate, trial.seed))
         y, original = edited.tensor(), fitted(source, surrogate).cpu()
         metrics: Metrics = {"success": self._success(item, y, original)} | self._faces_of(y, original)
+        if "clip" in self.plan.metrics:
+            metrics["clip_score"] = self._clip(y, [item.target_prompt]).item()
         if trial.recipe != CLEAN:
             (clean,) = self._written(replace(trial, recipe=CLEAN), 1)
-            metrics |= {
-                "ssim_to_clean": ssim(y, clean.tensor()).item(),
-                "psnr_to_clean": psnr(y, clean.tensor()).item(),
-            }
+            metrics |= self._similarity(y, clean.tensor())
             return Outcome(metrics, [], [edited])
         failed = metrics["success"] == 0 or ssim(y, original).item() > UNCHANGED
         return Outcome(metrics, [FAILED_ATTACK] if failed else [], [edited])
+
+    def _similarity(self, edited: Tensor, clean: Tensor) -> Metrics:
+        """Compare an edit with that of the clean picture; equal pictures have no finite PSNR."""
+        same = torch.equal(edited, clean)
+        metrics: Metrics = {"ssim_to_clean": ssim(edited, clean).item()}
+        metrics["psnr_to_clean"] = None if same else psnr(edited, clean).item()
+        if "lpips" in self.plan.metrics:
+            metrics["lpips_to_clean"] = self._lpips(edited, clean).item()
+        return metrics
 
     def _tune(self, trial: Trial, surrogate: Surrogate) -> Outcome:
         person, tunings = self.plan.item(trial), self.plan.tunings
@@ -188,9 +201,25 @@ class Laboratory:
             flags = [FAILED_ATTACK] if tuned_to is None or (before is not None and tuned_to >= before) else []
         return Outcome(metrics, flags, [_picture(picture[None]) for picture in drawn])
 
+    @property
+    def backends(self) -> dict[str, str]:
+        """What measures what, by the names of its files."""
+        given = {key: Path(name).name for key, name in self.plan.metrics.items()}
+        faces = f"ArcFace {given.pop('arcface')}" if "arcface" in given else "dlib"
+        return {"faces": faces, "attributes": "mini's classifier"} | given
+
     @cached_property
-    def faces(self) -> DlibFaces:
-        return DlibFaces()
+    def faces(self) -> Faces:
+        weights = self.plan.metrics.get("arcface")
+        return ArcFace(Path(weights)) if weights else DlibFaces()
+
+    @cached_property
+    def _lpips(self) -> LPIPS:
+        return LPIPS(Path(self.plan.metrics["lpips"]))
+
+    @cached_property
+    def _clip(self) -> ClipScore:
+        return ClipScore(self.plan.metrics["clip"])
 
     @cached_property
     def _attributes(self) -> Attributes:
@@ -199,7 +228,7 @@ class Laboratory:
     def _likeness(self, x: Tensor, reference: Sequence[Tensor | None], suffix: str) -> Metrics:
         found = self.faces.embed(x)
         values = {"fdfr": fdfr(found), "ism": ism(found, reference), "distance": distance(found, reference)}
-        values["likeness"] = likeness(found, reference)
+        values["likeness"] = likeness(found, reference, cosine=isinstance(self.faces, ArcFace))
         return {f"{name}{suffix}": value for name, value in values.items()}
 
     def _faces_of(self, edited: Tensor, source: Tensor) -> Metrics:

@@ -137,10 +137,11 @@ def distance(embeddings: Embeddings, reference_embeddings: Embeddings) -> float 
     return float((faces - reference).norm(dim=-1).mean()) if len(faces) else None
 
 
-def likeness(embeddings: Embeddings, reference_embeddings: Embeddings) -> float:
-    """Return one figure for how much of the person pictures show: 1 - `distance` in [0, 1], averaged over all pictures.
+def likeness(embeddings: Embeddings, reference_embeddings: Embeddings, *, cosine: bool = False) -> float:
+    """Return one figure in [0, 1] for how much of the person pictures show: 1 - `distance`, averaged over all pictures.
 
-    A picture without a face, or farther away than 1, counts 0. So it falls both when faces vanish and when they become
+    With `cosine`, for embeddings of length 1 such as ArcFace's, it is the similarity of `ism` instead. A picture
+    without a face, or whose figure is negative, counts 0. So it falls both when faces vanish and when they become
     somebody else's, which `fdfr` and `ism` say apart: benchmarks rank by it. Ours, of no paper.
 
     Arguments and errors are `fdfr`'s and `ism`'s.
@@ -148,7 +149,8 @@ def likeness(embeddings: Embeddings, reference_embeddings: Embeddings) -> float:
     failed, (faces, reference) = fdfr(embeddings), _found(embeddings, reference_embeddings)
     if not len(faces):
         return 0.0
-    return (1 - failed) * float((1 - (faces - reference).norm(dim=-1)).clamp(min=0).mean())
+    apart = 1 - torch.cosine_similarity(faces, reference, dim=-1) if cosine else (faces - reference).norm(dim=-1)
+    return (1 - failed) * float((1 - apart).clamp(min=0).mean())
 
 
 def _found(embeddings: Embeddings, reference_embeddings: Embeddings) -> tuple[Tensor, Tensor]:
