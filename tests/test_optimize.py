@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.budget import Linf
-from antidiffusion.optimize import ascend, batches, gradient, views
+from antidiffusion.optimize import Momentum, ascend, batches, decayed, gradient, views
 from antidiffusion.resolution import Canvas
 
 TARGET = torch.rand(1, 3, 32, 32, generator=Generator().manual_seed(5))
@@ -78,3 +78,34 @@ def test_several_groups_all_move() -> None:
     pictures = [canvas(0), canvas(1, (32, 64))]
     run(pictures, noisy)
     assert all(c.delta.abs().max() > 0 for c in pictures)
+
+
+def test_momentum_adds_directions_and_forgets_sizes() -> None:
+    first, second = torch.randn(2, 2, 3, 4, 4, generator=Generator().manual_seed(0))
+    momentum = Momentum(0.5)
+    once = momentum(0, first)
+    torch.testing.assert_close(once.abs().mean((1, 2, 3)), torch.ones(2))
+    assert torch.equal(once.sign(), first.sign())
+    expected = Momentum(0.0)(0, second) + 0.5 * once
+    torch.testing.assert_close(momentum(0, 1000 * second), expected)
+    assert torch.equal(momentum(1, second), Momentum(0.5)(0, second))
+    assert momentum(2, torch.zeros(1, 3, 4, 4)).isfinite().all()
+
+
+def test_momentum_lasts_from_one_call_to_the_next() -> None:
+    pictures = [canvas(0), canvas(0)]
+    for picture, pieces in zip(pictures, ([6], [1] * 6), strict=True):
+        generator, momentum, groups = Generator().manual_seed(0), Momentum(0.9), batches([picture])
+        for steps in pieces:
+            options = {"steps": steps, "step_size": 1.0, "generator": generator, "momentum": momentum}
+            list(ascend([noisy], groups, Linf(8), **options))
+    assert torch.equal(pictures[0].delta, pictures[1].delta)
+    plain = canvas(0)
+    run([plain], noisy)
+    assert not torch.equal(plain.delta, pictures[0].delta)
+
+
+def test_the_step_size_falls_to_a_hundredth() -> None:
+    sizes = [decayed(2.0, done, 100) for done in range(101)]
+    assert sizes[0] == 2 and sizes[-1] == pytest.approx(0.02)
+    assert all(a - b == pytest.approx(0.0198) for a, b in itertools.pairwise(sizes))

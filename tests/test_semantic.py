@@ -124,6 +124,21 @@ def test_weight_zero_is_the_denoising_loss(tiny: Surrogate, x: Tensor, embedding
     assert (weighted > expected).all()
 
 
+def test_the_target_clean_is_the_answer_for_the_clean_picture(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    generator, protected = seeded(), (x + 0.05).clamp(0, 1)
+    z = tiny.encode(protected, generator)
+    n, t = tiny.draw(z, generator)
+    answers = [tiny.predict(tiny.schedule.add_noise(a, n, t), t, embedding) for a in (z, tiny.posterior(x).mean)]
+    expected = (answers[0] - answers[1]).square().mean((1, 2, 3))
+    for weight in (0.0, 1.0):
+        objective = DenoisingSemantic(tiny, embedding, weight, "divergence", x, target="clean")
+        value = objective(protected, seeded())
+        if not weight:
+            torch.testing.assert_close(value, expected)
+        assert (value >= expected * (1 - 1e-5)).all()
+        assert not torch.equal(slope(objective, protected), torch.zeros_like(x))
+
+
 def test_an_objective_is_deterministic_and_restores_the_unet(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
     before = tiny.unet.attn_processors
     first, second = (slope(DenoisingSemantic(tiny, embedding, sdl="divergence", clean=x), x) for _ in range(2))

@@ -2,9 +2,11 @@
 
 References:
     Towards Deep Learning Models Resistant to Adversarial Attacks, Madry et al., 2018, arXiv 1706.06083
+    Boosting Adversarial Attacks with Momentum, Dong et al., 2018, arXiv 1710.06081
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -45,6 +47,29 @@ def gradient(objective: Objective, x: Tensor, generator: Generator) -> tuple[Ten
     return result, losses.detach()
 
 
+@dataclass
+class Momentum:
+    """What sign steps remember of the gradients before: each counts by its direction, whatever its size.
+
+    Arguments:
+        decay: Weight of the sum so far at the next step; 0 forgets it.
+    """
+
+    decay: float
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, group: int, slope: Tensor) -> Tensor:
+        """Add a gradient `(B, 3, h, w)` of the group with that number and return the sum."""
+        scaled = slope / slope.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+        self.sums[group] = scaled + self.decay * self.sums[group] if group in self.sums else scaled
+        return self.sums[group]
+
+
+def decayed(step_size: float, done: int, total: int) -> float:
+    """Return the step size after some of all steps: it falls linearly, to a hundredth at the end."""
+    return step_size * (1 - 0.99 * done / total)
+
+
 def ascend(
     objectives: Sequence[Objective],
     groups: Sequence[Sequence[Canvas]],
@@ -53,6 +78,7 @@ def ascend(
     steps: int,
     step_size: float,
     generator: Generator,
+    momentum: Momentum | None = None,
 ) -> Iterator[float]:
     """Take `steps` sign steps on every canvas, in place; yields the mean objective after each.
 
@@ -63,11 +89,14 @@ def ascend(
         steps: Number of steps.
         step_size: In 1/255 units.
         generator: Source of the objectives' noise.
+        momentum: Goes on from one call to the next; None for plain sign steps.
     """
     for _ in range(steps):
         values = []
-        for objective, group in zip(objectives, groups, strict=True):
+        for number, (objective, group) in enumerate(zip(objectives, groups, strict=True)):
             slope, losses = gradient(objective, views(group), generator)
+            if momentum:
+                slope = momentum(number, slope)
             for canvas, part in zip(group, slope.split(1), strict=True):
                 canvas.ascend(part, step_size, budget)
             values += losses.tolist()

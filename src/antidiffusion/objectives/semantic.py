@@ -1,4 +1,4 @@
-"""The denoising loss with the semantic disturbance loss (SDL): what Anti-Diffusion maximises.
+"""The loss of the UNet's answer with the semantic disturbance loss (SDL): what Anti-Diffusion maximises.
 
 References:
     Anti-Diffusion: Preventing Abuse of Modifications of Diffusion-Based Models, AAAI 2025, arXiv 2503.05595
@@ -46,14 +46,19 @@ SDL: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 
 
 BALANCE_EVERY = 5
+TARGETS = ("noise", "clean")
 
 
 @dataclass
 class DenoisingSemantic:
-    """L_ldm + weight * ratio * SDL, one value a picture.
+    """L + weight * ratio * SDL, one value a picture.
+
+    L is the mean squared distance of the UNet's answer from a target. The paper's, "noise", is what the model is trained
+    to predict: L is then L_ldm. "clean" is the answer for the clean picture at the same noise and step, which an edit of
+    that picture follows: what the model does not know of the noise anyway is in both answers and cancels.
 
     mean(M^2) over tens of tokens is so small beside L_ldm that, taken as it is, the sum's gradient has the signs of
-    L_ldm's alone. `ratio` brings SDL's gradient at the latent to the norm of L_ldm's. One (noise, step) pair tells it
+    L_ldm's alone. `ratio` brings SDL's gradient at the latent to the norm of L's. One (noise, step) pair tells it
     within a factor of seven only, so it is the geometric mean of all measurements so far; one is taken at the first
     call and at every `BALANCE_EVERY`-th after, and costs one more backward pass through the UNet.
 
@@ -62,7 +67,8 @@ class DenoisingSemantic:
         embedding: Text embedding f, usually a tuned one.
         weight: lambda; 0 leaves SDL and the recording of attention out.
         sdl: Name of a variant in `SDL`.
-        clean: Pictures `(B, 3, h, w)` in [0, 1] that `divergence` compares with.
+        clean: Pictures `(B, 3, h, w)` in [0, 1] that `divergence` and the target "clean" compare with.
+        target: What the answer is driven away from, of `TARGETS`.
     """
 
     surrogate: Surrogate
@@ -70,28 +76,37 @@ class DenoisingSemantic:
     weight: float = 1.0
     sdl: str = "semantic"
     clean: Tensor | None = None
+    target: str = "noise"
     calls: int = field(default=0, init=False)
     log_ratios: list[Tensor] = field(default_factory=list, init=False)
 
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
         z = self.surrogate.encode(x, generator)
         n, t = self.surrogate.draw(z, generator)
-        if not self.weight:
-            return self.surrogate.denoising_loss(z, n, t, self.embedding)
-        layers = coarsest_layers(self.surrogate.unet)
-        clean = None
-        if self.sdl == "divergence" and self.clean is not None:
-            with torch.no_grad(), record_attention(self.surrogate.unet, layers) as maps:
-                self.surrogate.denoising_loss(self.clean_latent, n, t, self.embedding)
-            clean = mean_map(maps)
-        with record_attention(self.surrogate.unet, layers) as maps:
-            loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
-        disturbance = SDL[self.sdl](mean_map(maps), clean)
+        target, clean = self.surrogate.schedule.target(z, n, t), None
+        if self.clean is not None and (self.target == "clean" or (self.weight and self.sdl == "divergence")):
+            with torch.no_grad():
+                answer, clean = self._answer(self.clean_latent, n, t)
+            target = answer if self.target == "clean" else target
+        answer, attention = self._answer(z, n, t)
+        loss = (answer - target).square().mean((1, 2, 3))
+        if attention is None:
+            return loss
+        disturbance = SDL[self.sdl](attention, clean)
         if z.requires_grad:
             if self.calls % BALANCE_EVERY == 0:
                 self.log_ratios.append(_log_norm_ratio(loss, disturbance, z))
             self.calls += 1
         return loss + self.weight * self.ratio * disturbance
+
+    def _answer(self, z: Tensor, n: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ask the UNet; return its answer and, if SDL reads it, its attention."""
+        z_t = self.surrogate.schedule.add_noise(z, n, t)
+        if not self.weight:
+            return self.surrogate.predict(z_t, t, self.embedding), None
+        with record_attention(self.surrogate.unet, coarsest_layers(self.surrogate.unet)) as maps:
+            answer = self.surrogate.predict(z_t, t, self.embedding)
+        return answer, mean_map(maps)
 
     @cached_property
     def clean_latent(self) -> Tensor:
@@ -101,7 +116,7 @@ class DenoisingSemantic:
 
     @property
     def ratio(self) -> Tensor:
-        """L_ldm's gradient norm over SDL's, `(B,)`, or 1 before anything was differentiated."""
+        """L's gradient norm over SDL's, `(B,)`, or 1 before anything was differentiated."""
         return torch.stack(self.log_ratios).mean(0).exp() if self.log_ratios else torch.ones(())
 
 

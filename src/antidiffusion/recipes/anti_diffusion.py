@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Generator, Tensor
 
 from antidiffusion.budget import Linf
 from antidiffusion.objectives.semantic import DenoisingSemantic
-from antidiffusion.optimize import ascend, batches, views
+from antidiffusion.optimize import Momentum, ascend, batches, decayed, scatter, views
 from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Trace, posteriors
 from antidiffusion.resolution import Canvas
 from antidiffusion.surrogate import Embedding, Surrogate
@@ -80,17 +81,22 @@ class Alternation:
 
 @dataclass(frozen=True)
 class AntiDiffusion(Alternation):
-    """Our recipe: the paper's procedure inside a fixed ball, with a semantic term that acts.
+    """Our recipe: the paper's procedure inside a fixed ball, with terms that act.
+
+    The run starts at a random perturbation; the sign steps have momentum, and their size falls.
 
     Arguments:
-        step_size: Of a sign step, in 1/255 units; if None, a sixteenth of the budget,
-            or more in a run of fewer steps.
+        step_size: Of the first sign step, in 1/255 units; a quarter of the budget if None.
+        momentum: Weight of the earlier gradients in a step's direction, see `antidiffusion.optimize.Momentum`.
+        target: What the UNet's answer is driven away from, see `antidiffusion.objectives.semantic.DenoisingSemantic`.
         tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
         low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
     """
 
     step_size: float | None = None
+    momentum: float = 0.9
+    target: str = "clean"
     tuning: str = "auto"
     sdl: str = "divergence"
     low_memory: bool = False
@@ -101,15 +107,18 @@ class AntiDiffusion(Alternation):
         groups = batches(canvases)
         embedding = surrogate.embed([""])
         objectives = [
-            DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, views(group)) for group in groups
+            DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, views(group), self.target)
+            for group in groups
         ]
-
-        reach = min(16, self.steps * (1 + self.rounds))  # a short run takes steps that still fill the ball
-        step_size = self.step_size or self.budget / reach
+        budget, momentum = Linf(self.budget), Momentum(self.momentum)
+        total = self.steps * (1 + self.rounds)
+        sizes = iter([decayed(self.step_size or self.budget / 4, done, total) for done in range(total)])
+        scatter(canvases, budget, generator)
 
         def perturb() -> Iterable[float]:
-            options: Any = {"steps": self.steps, "step_size": step_size, "generator": generator}
-            return ascend(objectives, groups, Linf(self.budget), **options)
+            options: Any = {"steps": 1, "generator": generator, "momentum": momentum}
+            for step_size in islice(sizes, self.steps):
+                yield from ascend(objectives, groups, budget, step_size=step_size, **options)
 
         with (
             surrogate.low_memory() if self.low_memory else nullcontext(),

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from antidiffusion.budget import Linf
 from antidiffusion.objectives import Objective
-from antidiffusion.optimize import ascend, batches, scatter, views
+from antidiffusion.optimize import ascend, batches, decayed, scatter, views
 from antidiffusion.resolution import Canvas
 from antidiffusion.surrogate import Posterior, Surrogate
 
@@ -95,7 +95,7 @@ def climb(
     if random_start:
         scatter(canvases, budget, generator)
     for done in range(recipe.steps):
-        step_size = recipe.step_size * (1 - 0.99 * done / recipe.steps if decay else 1)
+        step_size = decayed(recipe.step_size, done, recipe.steps) if decay else recipe.step_size
         run = ascend(objectives, groups, budget, steps=1, step_size=step_size, generator=generator)
         trace.run(PERTURBATION, run)
     return trace
