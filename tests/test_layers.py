@@ -12,7 +12,7 @@ ROOT = Path(antidiffusion.__file__).parent
 LAYERS = [
     {"cli"},
     {"bench"},
-    {"batch", "demo", "report", "defense_edit", "people"},
+    {"batch", "demo", "forecast", "report", "defense_edit", "people"},
     {"protection", "attacks", "sampling", "purify"},
     {"metrics", "recipes"},
     {"optimize", "tune"},

@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import struct
@@ -450,3 +451,21 @@ def test_demo(loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run.code, run.out, run.err) == (0, "show/index.html\n", "")
     assert seen == [(Path("show"), AntiDiffusion(4, rounds=1, prompt_steps=15, tuning_steps=10), 9)]
     assert cli("demo", "--budget", "0").code == 2
+
+
+def test_a_dry_run_writes_nothing(loaded: Path) -> None:
+    short = ["--steps", "2", "--rounds", "0", "--quick"]
+    run = cli("protect", "photos", *short, "--dry-run")
+    assert run.code == 0
+    assert re.fullmatch(r"about [\d.]+ s for 2 picture\(s\), \d+ MB at the peak; nothing was written\n", run.out), (
+        run.out
+    )
+    as_json = json.loads(cli("protect", "photos/a.png", *short, "--dry-run", "--format", "json").out)
+    assert as_json.keys() == {"pictures", "seconds", "peak_memory_mb"} and as_json["pictures"] == 1
+    assert sorted(Path().rglob("*.png")) == [Path("photos/a.png"), Path("photos/b.png")]
+
+
+def test_a_dry_run_knows_two_recipes(unused: Path) -> None:
+    run = cli("protect", "photos", *CONTROL, "--dry-run")
+    assert (run.code, run.out) == (2, "")
+    assert "expected --dry-run with anti-diffusion or official, got random-sign" in run.err

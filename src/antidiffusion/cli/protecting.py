@@ -56,6 +56,9 @@ def protect(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Precision of the surrogate.")] = DType.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try a few steps, say what time and memory it takes, write nothing.")
+    ] = False,
     format_: Annotated[OutputFormat, typer.Option("--format", help="Of standard output.")] = OutputFormat.text,
 ) -> None:
     """Protect pictures; writes lossless copies and a report card (JSON) beside each."""
@@ -72,10 +75,15 @@ def protect(
             "--low-memory": low_memory or None,
         }
         chosen = choose_recipe(recipe, "quick" if quick else "strong" if strong else None, options)
+        if dry_run and not hasattr(chosen, "counts"):
+            raise ValueError(f"expected --dry-run with anti-diffusion or official, got {recipe}; leave it out")
         jobs = plan(inputs, output)
         if dtype is DType.auto and (recipe == "official" or tuning is Tuning.full):
             dtype = DType.float32  # steps of 5e-7 vanish in half precision
         surrogate = shared.load_surrogate(model, model_config, device, dtype)
+        if dry_run:
+            print(_forecast(jobs, chosen, surrogate, together, side, format_))
+            return
     if model == "mini":
         stderr.print(MINI_NOTE, style="yellow")
 
@@ -113,6 +121,23 @@ def protect(
     if failed:
         stderr.print(f"{failed} of {len(jobs)} pictures failed", style="red")
         raise typer.Exit(1)
+
+
+def _forecast(
+    jobs: list[Any], recipe: Any, surrogate: Any, together: bool, side: int | None, format_: OutputFormat
+) -> str:
+    from antidiffusion.forecast import forecast
+    from antidiffusion.picture import Picture
+
+    pictures = [Picture.read(job.source) for job in jobs]
+    found = forecast(pictures, recipe, surrogate, together=together, side=side)
+    figures = {"pictures": len(jobs), "seconds": round(found.seconds, 1)}
+    figures["peak_memory_mb"] = round(found.peak_memory / 1e6)
+    if format_ is OutputFormat.json:
+        return json.dumps(figures)
+    return "about {seconds} s for {pictures} picture(s), {peak_memory_mb} MB at the peak; nothing was written".format(
+        **figures
+    )
 
 
 def summary(path: str, card: dict[str, Any]) -> str:

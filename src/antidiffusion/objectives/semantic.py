@@ -53,9 +53,9 @@ TARGETS = ("noise", "clean")
 class DenoisingSemantic:
     """L + weight * ratio * SDL, one value a picture.
 
-    L is the mean squared distance of the UNet's answer from a target. The paper's, "noise", is what the model is trained
-    to predict: L is then L_ldm. "clean" is the answer for the clean picture at the same noise and step, which an edit of
-    that picture follows: what the model does not know of the noise anyway is in both answers and cancels.
+    L is the mean squared distance of the UNet's answer from a target. The paper's, "noise", is what the model is
+    trained to predict: L is then L_ldm. "clean" is the answer for the clean picture at the same noise and step, which
+    an edit of that picture follows: what the model does not know of the noise anyway is in both answers and cancels.
 
     mean(M^2) over tens of tokens is so small beside L_ldm that, taken as it is, the sum's gradient has the signs of
     L_ldm's alone. `ratio` brings SDL's gradient at the latent to the norm of L's. One (noise, step) pair tells it

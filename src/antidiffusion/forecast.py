@@ -1,0 +1,60 @@
+"""What a run will take, from a few steps of every stage on the machine itself."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from antidiffusion.objectives.semantic import BALANCE_EVERY
+from antidiffusion.picture import Picture
+from antidiffusion.protection import peak_memory, protect
+from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion
+from antidiffusion.surrogate import Surrogate
+
+WARM = {PROMPT: 1, TUNING: 1, PERTURBATION: BALANCE_EVERY}
+"""Steps of each stage that are not timed: first ones are slow."""
+TIMED = {PROMPT: 2, TUNING: 2, PERTURBATION: BALANCE_EVERY}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected wall time in seconds, loading apart, and peak memory of the process in bytes."""
+
+    seconds: float
+    peak_memory: int
+
+
+def forecast(
+    pictures: Sequence[Picture],
+    recipe: AntiDiffusion | OfficialAntiDiffusion,
+    surrogate: Surrogate,
+    *,
+    together: bool = False,
+    side: int | None = None,
+) -> Forecast:
+    """Protect one picture, or all if `together`, with few steps, and reckon the whole run from their times.
+
+    Arguments:
+        pictures: What will be protected; the largest stands for all.
+        recipe: With which; every stage that it runs is tried.
+        surrogate, together, side: As in `protect`.
+    """
+    largest = max(pictures, key=lambda picture: picture.pixels.size)
+    tried = list(pictures) if together else [largest]
+    ascents = WARM[PERTURBATION] if recipe.rounds else WARM[PERTURBATION] + TIMED[PERTURBATION]
+    short = replace(recipe, steps=ascents, rounds=min(1, recipe.rounds))
+    short = replace(short, prompt_steps=min(recipe.prompt_steps, WARM[PROMPT] + TIMED[PROMPT]))
+    short = replace(short, tuning_steps=min(recipe.tuning_steps, WARM[TUNING] + TIMED[TUNING]))
+    seconds: dict[str, list[float]] = {}
+    begun = last = time.perf_counter()
+
+    def clock(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.setdefault(stage, []).append(now - last)
+        last = now
+
+    protect(tried, short, surrogate=surrogate, together=together, side=side, progress=clock)
+    around = time.perf_counter() - begun - sum(map(sum, seconds.values()))
+    steps = {stage: times[WARM[stage] :] or times for stage, times in seconds.items()}
+    whole = sum(recipe.counts[stage] * sum(times) / len(times) for stage, times in steps.items())
+    return Forecast((whole + around) * (1 if together else len(pictures)), peak_memory(surrogate.device))
