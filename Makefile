@@ -24,8 +24,8 @@ smoke: $(VENV)/installed-dev
 	$(BIN)/antidiffusion report smoke/rows.jsonl -o smoke/report.html
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/protection.py
-	$(BIN)/python benchmarks/flops.py
+	$(BIN)/antidiffusion bench -o bench --jobs 2
+	$(BIN)/antidiffusion report bench/rows.jsonl -o bench/report.html --overwrite
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,4 +37,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo smoke
+	rm -rf $(VENV) demo smoke bench

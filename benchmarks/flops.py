@@ -29,6 +29,7 @@ from antidiffusion.optimize import gradient
 from antidiffusion.recipes import (
     PERTURBATION,
     PROMPT,
+    PRESETS,
     RECIPES,
     TUNING,
     AntiDiffusion,
@@ -75,7 +76,7 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     objective: Any = (
         Official(surrogate, embedding, recipe.sdl_weight)
         if official
-        else DenoisingSemantic(surrogate, embedding, recipe.sdl_weight, recipe.sdl, x)
+        else DenoisingSemantic(surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.target)
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 
@@ -100,15 +101,11 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
 
 def counts(recipe: Any) -> dict[str, int]:
     """Return the steps of every stage, checked against the total that the recipe itself announces."""
-    result = {
-        PROMPT: recipe.prompt_steps * max(1, recipe.rounds),
-        PERTURBATION: recipe.steps * (1 + recipe.rounds),
-        TUNING: recipe.tuning_steps * recipe.rounds,
-    }
+    result = dict(recipe.counts)
     announced = total_steps(recipe)
     if sum(result.values()) != announced:
         raise RuntimeError(f"expected {announced} steps, got {result}; bring counts() up to date with the recipe")
-    balanced = math.ceil(result[PERTURBATION] / BALANCE_EVERY)
+    balanced = math.ceil(result[PERTURBATION] / BALANCE_EVERY) if recipe.sdl_weight else 1  # the first encodes too
     result[PERTURBATION] -= balanced
     return result | {BALANCED: balanced, ENCODING: max(1, recipe.rounds) + recipe.rounds}
 
@@ -167,7 +164,8 @@ def main() -> None:
     for name, recipe in {
         "anti-diffusion": default,
         "anti-diffusion, full tuning": replace(default, tuning="full"),
-        "anti-diffusion, no semantic term": replace(default, sdl_weight=0.0),
+        "anti-diffusion, semantic term": replace(default, sdl_weight=1.0),
+        "anti-diffusion, quick": PRESETS["quick"],
         "official, our code": official,
     }.items():
         rows[name] = row(our_steps(sd21.build(), recipe), counts(recipe))

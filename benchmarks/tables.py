@@ -19,28 +19,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def protection() -> str:
-    result = read("protection")
-    columns = {
-        "loss_over_clean": "loss / clean",
-        "loss_over_random": "loss / random",
-        "attention_mass_moved": "attention moved",
-        "edit_ssim sdedit 0.4": "edit SSIM, SDEdit 0.4",
-        "edit_ssim sdedit 0.6": "SDEdit 0.6",
-        "edit_ssim masactrl": "MasaCtrl",
-        "psnr": "PSNR",
-        "seconds": "s",
-    }
-    rows = []
-    for name, row in result["recipes"].items():
-        cells = [f"{row[key]['mean']:.{1 if key in ('psnr', 'seconds') else 3}f}" for key in columns]
-        for index, key in enumerate(columns):
-            if key.startswith(("loss", "edit")):
-                cells[index] += f" ± {row[key]['sem']:.3f}"
-        rows.append([name, *cells])
-    return table(["recipe", *columns.values()], rows)
-
-
 def flops() -> str:
     rows = [
         [name, f"{row['tflop']:.1f}", f"{row['released_over_this']:.2f}"] for name, row in read("flops")["rows"].items()
@@ -75,6 +53,6 @@ def mini() -> str:
 
 
 if __name__ == "__main__":
-    for name, make in {"protection": protection, "flops": flops, "memory": memory, "mini": mini}.items():
+    for name, make in {"flops": flops, "memory": memory, "mini": mini}.items():
         if (RESULTS / f"{name}.json").exists():
             print(f"### {name}\n\n{make()}")
