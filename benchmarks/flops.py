@@ -28,8 +28,8 @@ from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, 
 from antidiffusion.optimize import gradient
 from antidiffusion.recipes import (
     PERTURBATION,
-    PROMPT,
     PRESETS,
+    PROMPT,
     RECIPES,
     TUNING,
     AntiDiffusion,

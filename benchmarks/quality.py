@@ -32,16 +32,18 @@ def main() -> None:
     parser.add_argument("identities", type=Path)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
     parser.add_argument("--sheet", type=Path, default=HERE.parent / "docs" / "samples.png")
     args = parser.parse_args()
 
     surrogate, network, faces = Surrogate.from_pretrained(args.model), Attributes.load(), DlibFaces()
     renders, truth, captions = held_out(args.identities)
+    drawing = {"guidance": args.guidance, "steps": args.steps}
     chosen = torch.linspace(0, len(renders) - 1, COUNT).long().tolist()  # every identity
     prompts = [captions[index] for index in chosen]
     drawn = [
-        sample(prompts[first : first + BATCH], surrogate, Generator().manual_seed(first), guidance=args.guidance)
+        sample(prompts[first : first + BATCH], surrogate, Generator().manual_seed(first), **drawing)
         for first in range(0, COUNT, BATCH)
     ]
     samples, same = torch.cat(drawn), renders[chosen]
@@ -60,6 +62,8 @@ def main() -> None:
             right[name].append(seen[name] == truth[index][name])
     with torch.no_grad():
         features = network.features(torch.cat([renders, samples, decoded]))
+    own = features[: len(renders)]
+    features = (features - own.mean(0)) / own.std(0).clamp(min=1e-3)  # so that no single feature is the whole distance
     real, drawn_features, decoded_features = features.split([len(renders), COUNT, COUNT])
     others = torch.ones(len(renders), dtype=torch.bool)
     others[chosen] = False
@@ -71,7 +75,7 @@ def main() -> None:
         "model_sha256": surrogate.sha256,
         "versions": versions(),
         "prompts": COUNT,
-        "guidance": args.guidance,
+        **drawing,
         "faces_found": {
             name: 1 - fdfr(faces.embed(x))
             for name, x in {"samples": samples, "renders": same, "reconstructions": decoded}.items()

@@ -22,6 +22,15 @@ def test_bench_and_its_report(loaded: Path) -> None:
     assert "random-sign" in Path("run/report.html").read_text()
 
 
+def test_a_note_is_said_once(loaded: Path) -> None:
+    plan = write_plan(Path(), "tiny", items=1)
+    (Path("pictures") / "item 0" / "prompt.txt").write_text("a person with a hat " * 20)
+    run = cli("bench", plan, "-o", "run")
+    assert run.code == 0
+    (note,) = run.err.splitlines()
+    assert note.startswith("note: expected a prompt of at most")
+
+
 def test_failed_trials(loaded: Path) -> None:
     text = (
         'recipes.theirs = {{ folder = "elsewhere" }}\n[edits]\ndataset = "pictures"\nattacks.sdedit = {{ steps = 2 }}'
