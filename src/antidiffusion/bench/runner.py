@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -182,6 +183,7 @@ def _begin(plan: Plan, folder: Path, load: Load, threads: int) -> None:
     assert parent
     threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
+    warnings.simplefilter("once")  # each trial would repeat that its prompt was cut
     _laboratory = Laboratory(plan, folder, load)
 
 
