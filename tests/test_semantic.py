@@ -139,6 +139,16 @@ def test_the_target_clean_is_the_answer_for_the_clean_picture(tiny: Surrogate, x
         assert not torch.equal(slope(objective, protected), torch.zeros_like(x))
 
 
+def test_unknown_names_are_refused(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    for options, fragment in (
+        ({"target": "nois"}, "expected target of noise, clean, got 'nois'"),
+        ({"sdl": "one"}, "expected sdl of zero, semantic, divergence, got 'one'"),
+        ({"target": "clean"}, "expected the clean pictures for the target 'clean', got None"),
+    ):
+        with pytest.raises(ValueError, match=fragment):
+            DenoisingSemantic(tiny, embedding, **options)
+
+
 def test_an_objective_is_deterministic_and_restores_the_unet(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
     before = tiny.unet.attn_processors
     first, second = (slope(DenoisingSemantic(tiny, embedding, sdl="divergence", clean=x), x) for _ in range(2))

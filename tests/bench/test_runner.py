@@ -2,11 +2,13 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bench_plans import write_plan
 from command_line import PROGRAM, QUIET
 from conftest import Checkpoint
@@ -14,7 +16,7 @@ from conftest import Checkpoint
 import antidiffusion.bench.trials
 from antidiffusion.bench import ROWS, Plan, run
 from antidiffusion.bench.runner import read_rows
-from antidiffusion.report.rows import CLEAN
+from antidiffusion.report.rows import CLEAN, FAILED_ATTACK
 from antidiffusion.surrogate import Surrogate
 
 MEASURED = {"seconds", "peak_memory_mb"}
@@ -28,6 +30,16 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     return Plan.read(write_plan(tmp_path, "tiny"))
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute on one thread here and in each of two processes: the last bits of sums follow the number of threads."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run_all(plan: Plan, folder: Path, tiny: Surrogate) -> dict[str, dict[str, Any]]:
@@ -47,7 +59,9 @@ def test_every_trial_has_its_row_and_its_pictures(plan: Plan, tmp_path: Path, ti
     assert len(again) == len(rows)
 
 
-def test_several_processes_give_the_same_rows(tmp_path: Path, sd15: Checkpoint, tiny: Surrogate) -> None:
+def test_several_processes_give_the_same_rows(
+    tmp_path: Path, sd15: Checkpoint, tiny: Surrogate, one_thread: None
+) -> None:
     plan = Plan.read(write_plan(tmp_path, sd15.folder))
     rows = run_all(plan, tmp_path / "one", tiny)
     done = list(run(plan, tmp_path / "two", Surrogate.from_pretrained, jobs=2))
@@ -55,7 +69,7 @@ def test_several_processes_give_the_same_rows(tmp_path: Path, sd15: Checkpoint, 
     assert results(tmp_path / "two") == rows
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, sd15: Checkpoint, tiny: Surrogate) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, sd15: Checkpoint, tiny: Surrogate, one_thread: None) -> None:
     path, folder = write_plan(tmp_path, sd15.folder), tmp_path / "run"
     process = subprocess.Popen([*PROGRAM, "bench", str(path), "-o", str(folder)], env=QUIET)
     while not (folder / ROWS).exists() or len((folder / ROWS).read_bytes().splitlines()) < 3:
@@ -112,9 +126,19 @@ def test_other_rows_other_weights_and_a_second_run_are_refused(plan: Plan, tmp_p
         list(run(plan, folder, lambda name: tiny))
 
 
-def test_an_inherited_flag(plan: Plan, tmp_path: Path, tiny: Surrogate) -> None:
+def test_an_attack_that_fails_on_the_clean_picture_flags_its_rows(
+    plan: Plan, tmp_path: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(antidiffusion.bench.trials, "UNCHANGED", -1)  # whatever an edit does, it is not enough
     rows = run_all(plan, tmp_path / "run", tiny).values()
-    names = ("item", "attack", "purifier")
-    flags = {tuple(row[name] for name in names): row["flags"] for row in rows if row["recipe"] == CLEAN}
-    others = [row for row in rows if row["kind"] == "edit" and row["recipe"] != CLEAN]
-    assert all(row["flags"] == flags[tuple(row[name] for name in names)] for row in others)
+    assert {tuple(row["flags"]) for row in rows if row["kind"] == "edit"} == {(FAILED_ATTACK,)}
+    assert {tuple(row["flags"]) for row in rows if row["kind"] == "protection"} == {()}
+
+
+def test_missing_face_models_are_said_before_anything_runs(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"expected the packages dlib-bin and .*pip install 'antidiffusion\[eval\]'"):
+        next(run(plan, tmp_path / "run", lambda name: pytest.fail("a model was loaded")))
+    assert not (tmp_path / "run").exists()

@@ -182,3 +182,17 @@ def test_a_long_prompt_is_noted(loaded: Path) -> None:
     run = cli("sample", "a hat " * 40, "-o", "x.png", "--steps", "1")
     assert run.code == 0
     assert run.err.startswith("note: expected a prompt of at most ")
+
+
+def test_dreambooth_tunes_the_text_encoder_when_asked(loaded: Path) -> None:
+    for number, flags in enumerate(([], ["--text-encoder"])):
+        run = cli("attack", "dreambooth", "photos", *TUNE, "--save", f"tuned{number}", "--overwrite", *flags)
+        assert run.code == 0, run.err
+    name = Path("text_encoder") / "model.safetensors"
+    assert (Path("tuned0") / name).read_bytes() != (Path("tuned1") / name).read_bytes()
+
+
+def test_only_dreambooth_tunes_the_text_encoder(unused: Path) -> None:
+    run = cli("attack", "lora", "photos", *TUNE, "--text-encoder")
+    assert (run.code, run.out) == (2, "")
+    assert "expected options of lora, got --text-encoder; leave it out" in run.err

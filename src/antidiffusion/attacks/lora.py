@@ -19,8 +19,7 @@ from antidiffusion.tune import ADAPTER, adapted, denoising, drawn
 class LoRA(Tuning):
     """Tune adapters in float32 on a UNet of any precision; the defaults are those of diffusers' DreamBooth script.
 
-    Without loss scaling, a float16 UNet loses gradients below 6e-8: hardly any at the size of `mini`, 4 % of the
-    adapters' with its loss divided by 16, which stands for Stable Diffusion's size. bfloat16 loses none.
+    There is no loss scaling: a float16 UNet loses gradients below 6e-8, the smallest float16; take bfloat16.
 
     Saves `pytorch_lora_weights.safetensors` for `load_lora` and diffusers' `load_lora_weights`.
 

@@ -4,10 +4,10 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from antidiffusion import defense_edit, people
 from antidiffusion.attacks import EDITS, TUNINGS
@@ -204,7 +204,7 @@ def _described(method: Any) -> dict[str, Any]:
 def _plan(content: dict[str, Any], base: Path) -> Plan:
     lists = {"budget", "surrogate", "attackers", "seeds", "purifiers", "purified"}
     _only(content, lists | {"recipes", "edits", "tunings", "metrics"}, "the plan")
-    budget, surrogate = content.get("budget", 8), content.get("surrogate", "mini")
+    budget, surrogate = _typed(float, content, "budget", 8), _typed(str, content, "surrogate", "mini")
     Linf(budget)
     recipes = {CONTROL: {}} | _table(content, "recipes")
     if CLEAN in recipes:
@@ -219,13 +219,13 @@ def _plan(content: dict[str, Any], base: Path) -> Plan:
     return Plan(
         budget,
         surrogate,
-        tuple(content.get("attackers", [surrogate])),
-        tuple(content.get("seeds", [0])),
+        _listed(str, content, "attackers", [surrogate]),
+        _listed(int, content, "seeds", [0]),
         {name: _recipe(name, options, budget, base) for name, options in recipes.items()},
         edits,
         tunings,
-        _names(content.get("purifiers", []), PURIFIERS, "purifiers"),
-        _names(content.get("purified", attacks), attacks, "attacks"),
+        _names(_listed(str, content, "purifiers", []), PURIFIERS, "purifiers"),
+        _names(_listed(str, content, "purified", attacks), attacks, "attacks"),
         _metrics(_table(content, "metrics"), base),
     )
 
@@ -234,14 +234,14 @@ def _recipe(name: str, options: dict[str, Any], budget: float, base: Path) -> Re
     options = dict(options)
     if "folder" in options:
         _only(options, {"folder"}, f"recipe {name!r}")
-        return Folder(base / options["folder"])
+        return Folder(base / _typed(str, options, "folder", ""))
     (known,) = _names([options.pop("recipe", name)], RECIPES, "recipes")
     return _changed(RECIPES[known], {"budget": budget} | options, name)
 
 
 def _edits(section: dict[str, Any], base: Path) -> Edits:
     _only(section, {"dataset", "first", "items", "attacks"}, "[edits]")
-    name, root = _dataset(section.get("dataset", "defense-edit-synth"), base)
+    name, root = _dataset(_typed(str, section, "dataset", "defense-edit-synth"), base)
     items = _some(defense_edit.read(root), section, "items")
     given = _table(section, "attacks") or {name: {} for name in EDITS}
     _names(given, EDITS, "edits")
@@ -254,18 +254,20 @@ def _edits(section: dict[str, Any], base: Path) -> Edits:
 def _tunings(section: dict[str, Any], base: Path) -> Tunings:
     texts = {"prompt", "other_prompt", "drawn"}
     _only(section, {"dataset", "first", "people", "attacks", "settings"} | texts, "[tunings]")
-    name, root = _dataset(section.get("dataset", "people-synth"), base)
+    name, root = _dataset(_typed(str, section, "dataset", "people-synth"), base)
     chosen = _some(people.read(root), section, "people")
     given = _table(section, "attacks") or {name: {} for name in TUNINGS}
     _names(given, TUNINGS, "tunings")
     attacks = {key: _changed(TUNINGS[key], options, key) for key, options in given.items()}
-    settings = _names(section.get("settings", [ALL]), (ALL, HALF), "settings")
-    return Tunings(name, chosen, attacks, settings, **{key: section[key] for key in texts & section.keys()})
+    settings = _names(_listed(str, section, "settings", [ALL]), (ALL, HALF), "settings")
+    plain = Tunings(name, chosen, attacks, settings)
+    return _changed(plain, {key: section[key] for key in texts & section.keys()}, "[tunings]")
 
 
 def _metrics(section: dict[str, Any], base: Path) -> dict[str, str]:
     _only(section, set(METRICS), "[metrics]")
-    return {key: str(base / name) if (base / name).exists() else name for key, name in section.items()}
+    names = {key: _typed(str, section, key, "") for key in section}
+    return {key: str(base / name) if (base / name).exists() else name for key, name in names.items()}
 
 
 def _dataset(name: str, base: Path) -> tuple[str, Path]:
@@ -274,17 +276,37 @@ def _dataset(name: str, base: Path) -> tuple[str, Path]:
 
 
 def _some(everything: Sequence[T], section: dict[str, Any], key: str) -> tuple[T, ...]:
-    first = section.get("first", 0)
-    chosen = everything[first : first + section.get(key, len(everything))]
-    if first < 0 or not chosen:
-        raise ValueError(f"expected {key} from number {first} on, got a set of {len(everything)}; lower `first`")
+    first, count = _typed(int, section, "first", 0), _typed(int, section, key, len(everything))
+    chosen = everything[first : first + count] if first >= 0 and count > 0 else []
+    if not chosen:
+        got = f"a set of {len(everything)}, first = {first} and {key} = {count}"
+        raise ValueError(f"expected to choose some {key}, got {got}; lower `first` or raise `{key}`")
     return tuple(chosen)
 
 
 def _changed(method: T, options: dict[str, Any], name: str) -> T:
     _only(options, set(vars(method)), name)
+    for each in fields(method):  # type: ignore[arg-type]
+        if each.name in options and get_origin(each.type) is not tuple:
+            _typed(each.type, options, each.name, None)
     change: Callable[..., T] = replace
     return change(method, **options)
+
+
+def _typed(kind: Any, content: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return a value after making sure that it is of a plain type or a union of such; whole numbers are floats too."""
+    value = content.get(key, default)
+    kinds = get_args(kind) or (kind,)
+    if type(value) not in (*kinds, int if float in kinds else kind):
+        raise ValueError(f"expected {key} as {getattr(kind, '__name__', kind)}, got {value!r}; change it")
+    return value
+
+
+def _listed(kind: Any, content: Mapping[str, Any], key: str, default: Sequence[Any]) -> tuple[Any, ...]:
+    values = content.get(key, default)
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"expected a list of {key}, got {values!r}; put it in brackets")
+    return tuple(_typed(kind, {key: value}, key, value) for value in values)
 
 
 def _table(content: dict[str, Any], key: str) -> dict[str, Any]:

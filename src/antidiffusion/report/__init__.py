@@ -23,7 +23,10 @@ LEAD = (
     "a figure. ↑ and ↓ say what is better for the protector."
 )
 SECTIONS = {
-    "Protection": (tables.protection, "Measured on the written files; linf in 1/255."),
+    "Protection": (
+        tables.protection,
+        "Measured on the written files; linf in 1/255. peak_memory_mb is the process's so far and ranks nothing.",
+    ),
     "Attacks": (
         tables.attacks,
         "All rows without purifier, also those whose attack fails on the clean picture. "

@@ -34,7 +34,7 @@ class Row:
         metrics: Figures by name; None where there is nothing to measure.
         flags: What is to be known before believing the figures.
         pictures: Paths from the rows' folder; the files may be gone.
-        seconds, peak_memory_mb: What it cost.
+        seconds, peak_memory_mb: What it cost; the memory is the peak of the process up to then, trials before included.
         settings, model_sha256, versions, backends: How it was made and measured.
     """
 
