@@ -40,14 +40,14 @@ RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 PERSON, OTHER = "a photo of sks person", "a portrait of another person"
 DRAWN = [PERSON] * 6 + [OTHER] * 4
 DRAWING: dict[str, Any] = {"steps": 25, "guidance": 3.0}
-# On so small a model: larger steps than Stable Diffusion's, and fewer. To `mini` "sks" means nothing until its text
-# encoder is tuned, so DreamBooth tunes that too, and needs the prior.
+# On so small a model: larger steps than Stable Diffusion's, and fewer. To `mini` "sks" means as little as "another"
+# until its text encoder or the word's embedding is tuned, so all attacks tune one of them, and need the prior.
 PRIOR: dict[str, Any] = {"class_prompt": OTHER, "class_pictures": 24, "sampling_steps": 20, "guidance": 3.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "dreambooth": {"steps": 200, "batch_size": 2, "learning_rate": 2e-4, "text_encoder": True} | PRIOR,
-    "lora": {"steps": 200, "batch_size": 4, "rank": 16, "learning_rate": 4e-3},
+    "lora": {"steps": 200, "batch_size": 4, "rank": 16, "learning_rate": 4e-3, "text_encoder": True} | PRIOR,
     "textual-inversion": {"steps": 200, "batch_size": 4, "learning_rate": 2e-2},
-    "custom-diffusion": {"steps": 200, "batch_size": 4, "learning_rate": 2e-3},
+    "custom-diffusion": {"steps": 200, "batch_size": 4, "learning_rate": 2e-3, "placeholder": "sks"} | PRIOR,
 }
 CATEGORIES = ("hair", "glasses", "clothing", "background", "age")  # few expressions can be judged
 EDITING: dict[str, dict[str, Any]] = {"sdedit": {"strength": 0.7}}  # at 0.5 too many edits are not made

@@ -15,7 +15,9 @@ from antidiffusion.surrogate import Embedding, Posterior, Surrogate, saved
 
 LORA_RANK = 8
 ADAPTER = "tuning"  # peft's name for ours
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # what diffusers' DreamBooth LoRA script adapts
+# What diffusers' DreamBooth LoRA script adapts in the UNet and in the text encoders.
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 Loss = Callable[[Generator], Tensor]
 Sampler = Callable[[Generator], Tensor]  # draws latents (B, C, h, w), for example Posterior.sample
@@ -118,36 +120,49 @@ def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def adapted(surrogate: Surrogate, rank: int = LORA_RANK, seed: int = 0) -> Iterator[list[Tensor]]:
+def adapted(
+    surrogate: Surrogate, rank: int = LORA_RANK, seed: int = 0, *, text_encoders: bool = False
+) -> Iterator[list[Tensor]]:
     """Give the UNet low-rank adapters inside the block and take them off again.
 
     Arguments:
         surrogate: The model; the same object is adapted.
         rank: Of the adapters; their scale is 1.
         seed: Decides the adapters' start.
+        text_encoders: Give the text encoders adapters too.
 
     Returns:
-        The adapters' matrices, float32 whatever the UNet's precision.
+        The adapters' matrices, float32 whatever the model's precision.
 
     Raises:
-        ValueError: If the UNet has adapters already.
+        ValueError: If the UNet or a text encoder has adapters already.
     """
+    from diffusers.utils import recurse_remove_peft_layers
     from peft import LoraConfig
 
-    unet = surrogate.unet
-    if getattr(unet, "peft_config", None):
-        raise ValueError(f"expected a UNet without adapters, got {', '.join(unet.peft_config)}; take them off first")
+    parts = [(surrogate.unet, LORA_LAYERS)]
+    if text_encoders:
+        parts += [(encoder, TEXT_LORA_LAYERS) for encoder in surrogate.text_encoders]
+    for module, _ in parts:
+        if present := getattr(module, "peft_config", None):
+            name = "UNet" if module is surrogate.unet else "text encoder"
+            raise ValueError(f"expected a {name} without adapters, got {', '.join(present)}; take them off first")
+    adapters = []
     try:
         with torch.random.fork_rng():  # peft draws the adapters' start from the global generator
             torch.manual_seed(seed)
-            unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS), ADAPTER)
-        adapters = [parameter for name, parameter in unet.named_parameters() if f".{ADAPTER}." in name]
+            for module, layers in parts:
+                module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), ADAPTER)
+                adapters += [parameter for name, parameter in module.named_parameters() if f".{ADAPTER}." in name]
         for parameter in adapters:
             parameter.data = parameter.data.float()
         yield adapters
     finally:
-        unet.unload_lora()
-        unet.requires_grad_(False)
+        for module, _ in parts:
+            recurse_remove_peft_layers(module)
+            vars(module).pop("peft_config", None)
+            module._hf_peft_config_loaded = False
+            module.requires_grad_(False)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import stock
 import torch
 from safetensors.torch import load_file
@@ -52,3 +53,34 @@ def test_diffusers_draws_the_same_with_the_file(checkpoint, surrogate: Surrogate
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
     tuned_weights = sum(value.numel() for value in keys_and_values(surrogate.unet).values())
     assert sum(value.numel() for value in load_file(tmp_path / FILE).values()) == tuned_weights
+
+
+def test_a_new_token_is_learnt_with_the_weights(sd15, tiny: Surrogate, x: Tensor, tmp_path: Path) -> None:
+    attack = CustomDiffusion(steps=2, learning_rate=0.1, placeholder="sks")
+    with attack.tuned(x, PROMPT, tiny, 0) as tuned:
+        ours = tuned.sample([PORTRAIT, PROMPT], 0, steps=2, guidance=1)
+        tuned.save(tmp_path)
+    pipe = stock.load(sd15.folder)
+    pipe.unet.load_attn_procs(tmp_path, weight_name=FILE, _pipeline=pipe)
+    pipe.load_textual_inversion(tmp_path / "learned_embeds.safetensors")
+    theirs = stock.draw(pipe, [text.replace("sks", "<sks>") for text in (PORTRAIT, PROMPT)], 0)
+    assert (theirs - ours).abs().max() < 1e-3
+    start = pipe.tokenizer("person", add_special_tokens=False).input_ids[0]
+    vectors = pipe.text_encoder.get_input_embeddings().weight
+    assert (vectors[pipe.tokenizer.convert_tokens_to_ids("<sks>")] - vectors[start]).abs().max() > 0.1
+
+
+def test_the_prior_is_learnt_beside_the_person(tiny: Surrogate, x: Tensor) -> None:
+    options: Any = {"steps": 1, "sampling_steps": 1, "class_pictures": 2}
+    losses = []
+    for weight in (0.0, 1.0):
+        attack = CustomDiffusion(**options, class_prompt=PORTRAIT, prior_weight=weight)
+        with attack.tuned(x, PROMPT, tiny, 0) as tuned:
+            losses += tuned.losses
+    assert 0.1 < losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("placeholder", ["", "<sks>"])
+def test_impossible_placeholders(placeholder: str) -> None:
+    with pytest.raises(ValueError, match="expected a placeholder of letters"):
+        CustomDiffusion(placeholder=placeholder)

@@ -82,6 +82,25 @@ def test_draws_the_same_as_diffusers_with_its_file(sd15, tiny: Surrogate, tmp_pa
     assert torch.equal(drawn(tiny), untuned)
 
 
+def test_text_encoders_are_adapted_if_wanted(checkpoint, surrogate: Surrogate, x: Tensor, tmp_path: Path) -> None:
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in surrogate.modules]
+    attack = LoRA(steps=2, learning_rate=3e-2, text_encoder=True)
+    with attack.tuned(x, PROMPT, surrogate, 0) as tuned:
+        ours = tuned.sample(PORTRAIT, 0, steps=2, guidance=1)
+        tuned.save(tmp_path)
+    parts = {name.split(".")[0] for name in load_file(tmp_path / FILE)}
+    assert parts == {"unet", "text_encoder", *(["text_encoder_2"] if len(surrogate.text_encoders) == 2 else [])}
+    pipe = stock.load(checkpoint.folder)
+    pipe.load_lora_weights(tmp_path)
+    assert (stock.draw(pipe, [PORTRAIT], 0) - ours).abs().max() < 1e-3
+    with load_lora(surrogate, tmp_path):
+        torch.testing.assert_close(drawn(surrogate), ours, rtol=0, atol=1e-5)
+    for old, part in zip(before, surrogate.modules, strict=True):
+        state = part.state_dict()
+        assert state.keys() == old.keys()
+        assert all(state[name].equal(value) for name, value in old.items())
+
+
 @pytest.mark.parametrize("rank", [4, 16])
 def test_the_rank_is_the_adapters(tiny: Surrogate, x: Tensor, tmp_path: Path, rank: int) -> None:
     with LoRA(steps=1, rank=rank).tuned(x, PROMPT, tiny, 0) as tuned:

@@ -192,7 +192,10 @@ def test_dreambooth_tunes_the_text_encoder_when_asked(loaded: Path) -> None:
     assert (Path("tuned0") / name).read_bytes() != (Path("tuned1") / name).read_bytes()
 
 
-def test_only_dreambooth_tunes_the_text_encoder(unused: Path) -> None:
-    run = cli("attack", "lora", "photos", *TUNE, "--text-encoder")
+@pytest.mark.parametrize(
+    ("method", "options"), [("textual-inversion", ["--text-encoder"]), ("lora", ["--placeholder", "sks"])]
+)
+def test_options_of_another_tuning(unused: Path, method: str, options: list[str]) -> None:
+    run = cli("attack", method, "photos", *TUNE, *options)
     assert (run.code, run.out) == (2, "")
-    assert "expected options of lora, got --text-encoder; leave it out" in run.err
+    assert f"expected options of {method}, got {options[0]}; leave it out" in run.err

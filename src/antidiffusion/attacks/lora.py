@@ -1,4 +1,4 @@
-"""LoRA: tune low-rank adapters of the UNet's attention to a few photos of one person.
+"""LoRA: tune low-rank adapters of attention to a few photos of one person.
 
 References:
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al., 2022, arXiv 2106.09685
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from antidiffusion.attacks.tuned import Task, Training, Tuning, at_least_one, pipeline
+from antidiffusion.attacks.prior import PriorTuning
+from antidiffusion.attacks.tuned import Task, Training, at_least_one, pipeline
 from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import ADAPTER, adapted, denoising, drawn
+from antidiffusion.tune import ADAPTER, adapted
 
 
 @dataclass(frozen=True)
-class LoRA(Tuning):
+class LoRA(PriorTuning):
     """Tune adapters in float32 on a UNet of any precision; the defaults are those of diffusers' DreamBooth script.
 
     There is no loss scaling: a float16 UNet loses gradients below 6e-8, the smallest float16; take bfloat16.
@@ -26,10 +27,12 @@ class LoRA(Tuning):
     Arguments:
         learning_rate: None for the surrogate's `lora_learning_rate`.
         rank: Of the adapters, 4 to 16 in practice.
+        text_encoder: Give the text encoders adapters too.
     """
 
     steps: int = 500
     rank: int = 4
+    text_encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,8 +40,9 @@ class LoRA(Tuning):
 
     @contextmanager
     def _training(self, task: Task, surrogate: Surrogate) -> Iterator[Training]:
-        loss = denoising(surrogate, [drawn(task.posterior, self.batch_size)], task.embedding)
-        with adapted(surrogate, self.rank, task.generator.initial_seed()) as adapters:
+        loss = self._loss(task, surrogate, texts=self.text_encoder)
+        seed = task.generator.initial_seed()
+        with adapted(surrogate, self.rank, seed, text_encoders=self.text_encoder) as adapters:
             rate = self.learning_rate or surrogate.lora_learning_rate
             yield Training(adapters, rate, loss, partial(save, surrogate))
 
@@ -47,8 +51,14 @@ def save(surrogate: Surrogate, folder: Path) -> None:
     """Write the adapters inside `tune.adapted`'s block."""
     from peft.utils import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(surrogate.unet, adapter_name=ADAPTER)
-    pipeline(surrogate).save_lora_weights(folder, unet_lora_layers=layers)
+    names = ["unet", "text_encoder", "text_encoder_2"]
+    parts = zip(names, (surrogate.unet, *surrogate.text_encoders), strict=False)
+    layers = {
+        f"{name}_lora_layers": get_peft_model_state_dict(part, adapter_name=ADAPTER, save_embedding_layers=False)
+        for name, part in parts
+        if getattr(part, "peft_config", None)
+    }
+    pipeline(surrogate).save_lora_weights(folder, **layers)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,26 @@ class TextualInversion(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[a-z0-9]+", self.placeholder):
-            raise ValueError(f"expected a placeholder of letters a-z and digits, got {self.placeholder!r}; try 'sks'")
+        check_placeholder(self.placeholder)
 
     @contextmanager
     def _training(self, task: Task, surrogate: Surrogate) -> Iterator[Training]:
         loss = described(surrogate, [drawn(task.posterior, self.batch_size)], task.prompt)
         with new_token(surrogate, task.prompt, self.placeholder, self.initializer) as (token, vector):
+            yield Training([vector], self.learning_rate or 5e-3, loss, partial(save_token, token, vector))
 
-            def write(folder: Path) -> None:
-                from safetensors.torch import save_file
 
-                save_file({token: vector.detach()[None]}, folder / "learned_embeds.safetensors", {"format": "pt"})
+def check_placeholder(word: str) -> None:
+    """Raise ValueError for a word that cannot become a new token."""
+    if not re.fullmatch(r"[a-z0-9]+", word):
+        raise ValueError(f"expected a placeholder of letters a-z and digits, got {word!r}; try 'sks'")
 
-            yield Training([vector], self.learning_rate or 5e-3, loss, write)
+
+def save_token(token: str, vector: Tensor, folder: Path) -> None:
+    """Write a token's embedding `(d,)` for diffusers' `load_textual_inversion`."""
+    from safetensors.torch import save_file
+
+    save_file({token: vector.detach()[None]}, folder / "learned_embeds.safetensors", {"format": "pt"})
 
 
 class _Tokenizer:

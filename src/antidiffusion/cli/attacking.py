@@ -103,9 +103,13 @@ def attack(
     learning_rate: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of LoRA's matrices.")] = None,
     text_encoder: Annotated[
-        bool, typer.Option("--text-encoder", help="DreamBooth: tune the text encoder too.")
+        bool, typer.Option("--text-encoder", help="DreamBooth, LoRA: tune the text encoder too.")
     ] = False,
     class_prompt: Annotated[str | None, typer.Option(help="Prior preservation: what others are called.")] = None,
+    class_pictures: Annotated[int | None, typer.Option(help="Drawn from --class-prompt before the tuning.")] = None,
+    placeholder: Annotated[
+        str | None, typer.Option(help="Custom Diffusion, Textual Inversion: word of the prompts learnt as a new token.")
+    ] = None,
     guidance: Guidance = None,
     model: Model = "mini",
     model_config: ModelConfig = None,
@@ -135,6 +139,7 @@ def attack(
 
         options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
         options |= {"--class-prompt": class_prompt, "--guidance": guidance, "--text-encoder": text_encoder or None}
+        options |= {"--class-pictures": class_pictures, "--placeholder": placeholder}
         options |= {"--gradient-checkpointing": gradient_checkpointing or low_memory or None}
         chosen = _choose(TUNINGS, method, options)
         files = [file for path in pictures for file in pictures_in(path)]
