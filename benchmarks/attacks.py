@@ -1,8 +1,8 @@
 """Do the attacks succeed on clean pictures? A protection only means something against those that do.
 
-    python benchmarks/attacks.py tuning IDS [--identities 10]    # IDS: held-out identities of tools/portraits
-    python benchmarks/attacks.py editing [--items 50]            # on Defense-Edit-Synth
-    python benchmarks/attacks.py speed                           # four pictures, on an idle machine
+    python benchmarks/attacks.py tuning [--people 10]     # the package's synthetic people
+    python benchmarks/attacks.py editing [--items 50]     # Defense-Edit-Synth
+    python benchmarks/attacks.py speed                    # four pictures, on an idle machine
 
 Tuning: how much nearer samples of "a photo of sks person" come to the person (dlib) than the untuned model's with the
 same noise, and whether "a portrait of another person" still draws others: whether its samples are nearer to the person
@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from antidiffusion import Picture, Surrogate
+from antidiffusion import Picture, Surrogate, people
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.attacks.base import Prompts
-from antidiffusion.attacks.pictures import fitted, fitted_mask
+from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.defense_edit import asked, read, synthetic
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.fidelity import ssim
@@ -47,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dreambooth": {"steps": 200, "batch_size": 2, "learning_rate": 2e-4, "text_encoder": True} | PRIOR,
     "lora": {"steps": 200, "batch_size": 4, "rank": 16, "learning_rate": 4e-3, "text_encoder": True} | PRIOR,
     "textual-inversion": {"steps": 200, "batch_size": 4, "learning_rate": 2e-2},
-    "custom-diffusion": {"steps": 200, "batch_size": 4, "learning_rate": 2e-3, "placeholder": "sks"} | PRIOR,
+    "custom-diffusion": {"steps": 200, "batch_size": 4, "learning_rate": 4e-3, "placeholder": "sks"} | PRIOR,
 }
 CATEGORIES = ("hair", "glasses", "clothing", "background", "age")  # few expressions can be judged
 EDITING: dict[str, dict[str, Any]] = {"sdedit": {"strength": 0.7}}  # at 0.5 too many edits are not made
@@ -71,34 +72,32 @@ def show(rows: list[Tensor], path: Path) -> None:
     Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
 
 
-def tuning(surrogate: Surrogate, folder: Path, identities: int, only: list[str] | None) -> None:
+def tuning(surrogate: Surrogate, count: int, only: list[str] | None) -> None:
     faces, path = DlibFaces(), RESULTS / "attacks_tuning.json"
     results = load(path)
     untuned = sample(DRAWN, surrogate, Generator().manual_seed(0), **DRAWING)
-    people = []
-    for meta in sorted(folder.glob("id*/meta.json"))[:identities]:
-        images = [(image["split"], meta.parent / image["file"]) for image in json.loads(meta.read_text())["images"]]
-        splits = [
-            [fitted(Picture.read(f), surrogate) for s, f in images if s == split]
-            for split in ("personalise", "heldout")
-        ]
-        people.append((torch.cat(splits[0][:4]), faces.embed(torch.cat(splits[1] + splits[0][4:]))))
+
+    def stacked(files: Iterable[Path]) -> Tensor:
+        return torch.cat([squared(Picture.read(file), surrogate) for file in files])
+
+    chosen = people.read(people.synthetic())[:count]
+    everybody = [(stacked(p.published), faces.embed(stacked(p.reference + p.others))) for p in chosen]
 
     def judged(x: Tensor, own: int) -> dict[str, float | None]:
-        found, reference = faces.embed(x), people[own][1]
+        found, reference = faces.embed(x), everybody[own][1]
         person, other = found[: DRAWN.count(PERSON)], found[DRAWN.count(PERSON) :]
         row: dict[str, float | None] = {"fdfr": fdfr(person), "ism": ism(person, reference)}
         for suffix, drawn in (("", person), ("_of_others", other)):
             near = distance(drawn, reference)
-            far = [distance(drawn, theirs) for k, (_, theirs) in enumerate(people) if k != own]
+            far = [distance(drawn, theirs) for k, (_, theirs) in enumerate(everybody) if k != own]
             row[f"distance{suffix}"] = near
             row[f"margin{suffix}"] = None if near is None else statistics.fmean(d for d in far if d is not None) - near
         return row
 
-    before = [judged(untuned, own) for own in range(len(people))]
+    before = [judged(untuned, own) for own in range(len(everybody))]
     for name in only or TUNINGS:
         attack, rows, seconds, sheet = replace(TUNINGS[name], **SETTINGS[name]), [], [], []
-        for seed, (x, _) in enumerate(people):
+        for seed, (x, _) in enumerate(everybody):
             begun = time.perf_counter()
             with attack.tuned(x, PERSON, surrogate, seed) as tuned:
                 seconds.append(time.perf_counter() - begun)
@@ -128,7 +127,7 @@ def editing(surrogate: Surrogate, count: int, only: list[str] | None) -> None:
     pictures = [Picture.read(item.picture) for item in items]
     x = torch.cat([fitted(picture, surrogate) for picture in pictures])
     masks = torch.cat([fitted_mask(Picture.read(i.mask), p, surrogate) for i, p in zip(items, pictures, strict=True)])
-    people, results = faces.embed(x), load(path)
+    sources, results = faces.embed(x), load(path)
     with torch.no_grad():
         decoded = torch.cat([surrogate.decode(surrogate.posterior(batch).mean) for batch in x.split(10)])
 
@@ -138,7 +137,7 @@ def editing(surrogate: Surrogate, count: int, only: list[str] | None) -> None:
         hits = [want is not None and seen[k][want[0]] == want[1] for k, want in enumerate(wanted)]
         share = masks.mean((1, 2, 3))
         kept = (ssim(masks * x + (1 - masks) * y, x) - share) / (1 - share)  # windows inside count as kept: 1
-        found = zip(people, faces.embed(y), strict=True)
+        found = zip(sources, faces.embed(y), strict=True)
         near = [float((a - b).norm()) for a, b in found if a is not None and b is not None]
         by = {c: statistics.fmean(h for h, i in zip(hits, items, strict=True) if i.category == c) for c in CATEGORIES}
         outside = {"ssim_outside": interval(kept.tolist()), "face_distance": interval(near)}
@@ -186,8 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     tune, edit = commands.add_parser("tuning"), commands.add_parser("editing")
-    tune.add_argument("identities_folder", type=Path, metavar="IDS")
-    tune.add_argument("--identities", type=int, default=10)
+    tune.add_argument("--people", type=int, default=10)
     edit.add_argument("--items", type=int, default=50)
     timed = commands.add_parser("speed")
     timed.add_argument("--model", default="mini")
@@ -197,7 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     surrogate = Surrogate.from_pretrained(args.model)
     if args.command == "tuning":
-        tuning(surrogate, args.identities_folder, args.identities, args.only)
+        tuning(surrogate, args.people, args.only)
     elif args.command == "speed":
         speed(surrogate)
     else:

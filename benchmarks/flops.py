@@ -76,7 +76,9 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     objective: Any = (
         Official(surrogate, embedding, recipe.sdl_weight)
         if official
-        else DenoisingSemantic(surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.target)
+        else DenoisingSemantic(
+            surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.noise_weight, recipe.clean_weight
+        )
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 

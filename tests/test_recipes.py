@@ -251,6 +251,16 @@ def test_low_memory_changes_memory_only(surrogate: Surrogate) -> None:
     assert correlation(plain, lean) > 0.99
 
 
+def test_weights_that_are_not_tuned_may_be_of_any_precision() -> None:
+    half = Surrogate.from_pretrained("mini", dtype=torch.bfloat16)
+    target = canvas()
+    with pytest.raises(ValueError, match="expected float32 weights for full tuning"):
+        AntiDiffusion(**TINY, tuning="full")([target], half, torch.Generator().manual_seed(0), silent)
+    recipe = AntiDiffusion(**TINY | {"tuning_steps": 0}, tuning="full")
+    recipe([target], half, torch.Generator().manual_seed(0), silent)
+    assert 0 < target.delta.abs().max() <= 8
+
+
 @pytest.mark.parametrize("cut", [{"rounds": 0}, {"tuning_steps": 0}, {"prompt_steps": 0}, {"sdl_weight": 0.0}], ids=str)
 @pytest.mark.parametrize("kind", [AntiDiffusion, OfficialAntiDiffusion])
 def test_progress_counts_every_step_of_every_stage(surrogate: Surrogate, kind: Any, cut: dict[str, Any]) -> None:

@@ -124,26 +124,29 @@ def test_weight_zero_is_the_denoising_loss(tiny: Surrogate, x: Tensor, embedding
     assert (weighted > expected).all()
 
 
-def test_the_target_clean_is_the_answer_for_the_clean_picture(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+def test_the_clean_answer_is_the_answer_for_the_clean_picture(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
     generator, protected = seeded(), (x + 0.05).clamp(0, 1)
     z = tiny.encode(protected, generator)
     n, t = tiny.draw(z, generator)
     answers = [tiny.predict(tiny.schedule.add_noise(a, n, t), t, embedding) for a in (z, tiny.posterior(x).mean)]
     expected = (answers[0] - answers[1]).square().mean((1, 2, 3))
     for weight in (0.0, 1.0):
-        objective = DenoisingSemantic(tiny, embedding, weight, "divergence", x, target="clean")
+        objective = DenoisingSemantic(tiny, embedding, weight, "divergence", x, noise_weight=0, clean_weight=1)
         value = objective(protected, seeded())
         if not weight:
             torch.testing.assert_close(value, expected)
         assert (value >= expected * (1 - 1e-5)).all()
         assert not torch.equal(slope(objective, protected), torch.zeros_like(x))
+    both = DenoisingSemantic(tiny, embedding, 0.0, clean=x, noise_weight=0.5, clean_weight=1)(protected, seeded())
+    torch.testing.assert_close(both, expected + DenoisingSemantic(tiny, embedding, 0.0)(protected, seeded()) / 2)
 
 
-def test_unknown_names_are_refused(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+def test_settings_that_make_no_sense_are_refused(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
     for options, fragment in (
-        ({"target": "nois"}, "expected target of noise, clean, got 'nois'"),
         ({"sdl": "one"}, "expected sdl of zero, semantic, divergence, got 'one'"),
-        ({"target": "clean"}, "expected the clean pictures for the target 'clean', got None"),
+        ({"noise_weight": 0.0}, "expected noise_weight and clean_weight of at least 0, not both 0"),
+        ({"noise_weight": -1.0, "clean_weight": 1.0}, "expected noise_weight and clean_weight of at least 0"),
+        ({"clean_weight": 1.0}, "expected the clean pictures for clean_weight, got None"),
     ):
         with pytest.raises(ValueError, match=fragment):
             DenoisingSemantic(tiny, embedding, **options)

@@ -46,16 +46,16 @@ SDL: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 
 
 BALANCE_EVERY = 5
-TARGETS = ("noise", "clean")
 
 
 @dataclass
 class DenoisingSemantic:
     """L + weight * ratio * SDL, one value a picture.
 
-    L is the mean squared distance of the UNet's answer from a target. The paper's, "noise", is what the model is
-    trained to predict: L is then L_ldm. "clean" is the answer for the clean picture at the same noise and step, which
-    an edit of that picture follows: what the model does not know of the noise anyway is in both answers and cancels.
+    L = noise_weight * |answer - target|^2 + clean_weight * |answer - answer for the clean picture|^2, mean squares. The
+    first is the paper's: the target is what the model is trained to predict, and L is then L_ldm. The second is taken
+    at the same noise and step; an edit of the clean picture follows that answer, and what the model does not know of
+    the noise anyway is in both answers and cancels.
 
     mean(M^2) over tens of tokens is so small beside L_ldm that, taken as it is, the sum's gradient has the signs of
     L_ldm's alone. `ratio` brings SDL's gradient at the latent to the norm of L's. One (noise, step) pair tells it
@@ -67,11 +67,11 @@ class DenoisingSemantic:
         embedding: Text embedding f, usually a tuned one.
         weight: lambda; 0 leaves SDL and the recording of attention out.
         sdl: Name of a variant in `SDL`.
-        clean: Pictures `(B, 3, h, w)` in [0, 1] that `divergence` and the target "clean" compare with.
-        target: What the answer is driven away from, of `TARGETS`.
+        clean: Pictures `(B, 3, h, w)` in [0, 1] that `divergence` and `clean_weight` compare with.
+        noise_weight, clean_weight: Of the two distances.
 
     Raises:
-        ValueError: If there is no such variant or target, or the target "clean" without clean pictures.
+        ValueError: If there is no such variant, no positive weight, or no clean pictures where they are compared with.
     """
 
     surrogate: Surrogate
@@ -79,27 +79,31 @@ class DenoisingSemantic:
     weight: float = 1.0
     sdl: str = "semantic"
     clean: Tensor | None = None
-    target: str = "noise"
+    noise_weight: float = 1.0
+    clean_weight: float = 0.0
     calls: int = field(default=0, init=False)
     log_ratios: list[Tensor] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("sdl", self.sdl, tuple(SDL)), ("target", self.target, TARGETS)):
-            if value not in known:
-                raise ValueError(f"expected {name} of {', '.join(known)}, got {value!r}; check the spelling")
-        if self.target == "clean" and self.clean is None:
-            raise ValueError("expected the clean pictures for the target 'clean', got None; give them")
+        if self.sdl not in SDL:
+            raise ValueError(f"expected sdl of {', '.join(SDL)}, got {self.sdl!r}; check the spelling")
+        weights = self.noise_weight, self.clean_weight
+        if min(weights) < 0 or not any(weights):
+            raise ValueError(f"expected noise_weight and clean_weight of at least 0, not both 0, got {weights}")
+        if self.clean_weight and self.clean is None:
+            raise ValueError("expected the clean pictures for clean_weight, got None; give them")
 
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
         z = self.surrogate.encode(x, generator)
         n, t = self.surrogate.draw(z, generator)
-        target, clean = self.surrogate.schedule.target(z, n, t), None
-        if self.clean is not None and (self.target == "clean" or (self.weight and self.sdl == "divergence")):
+        targets, clean = [(self.noise_weight, self.surrogate.schedule.target(z, n, t))], None
+        if self.clean is not None and (self.clean_weight or (self.weight and self.sdl == "divergence")):
             with torch.no_grad():
-                answer, clean = self._answer(self.clean_latent, n, t)
-            target = answer if self.target == "clean" else target
+                before, clean = self._answer(self.clean_latent, n, t)
+            targets.append((self.clean_weight, before))
         answer, attention = self._answer(z, n, t)
-        loss = (answer - target).square().mean((1, 2, 3))
+        distances = [weight * (answer - target).square().mean((1, 2, 3)) for weight, target in targets]
+        loss = torch.stack(distances).sum(0)
         if attention is None:
             return loss
         disturbance = SDL[self.sdl](attention, clean)

@@ -56,6 +56,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 PRESETS: dict[str, AntiDiffusion] = {
-    "quick": AntiDiffusion(rounds=1, prompt_steps=15, tuning_steps=10),
-    "strong": AntiDiffusion(rounds=11),
+    "quick": AntiDiffusion(rounds=0, steps=40),
+    "strong": AntiDiffusion(rounds=7),
 }

@@ -1,7 +1,7 @@
 """Anti-Diffusion: prompt tuning, surrogate tuning and ascent in turn."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -69,14 +69,17 @@ class Alternation:
             return denoising(surrogate, samplers, embedding)
 
         def tune_prompt() -> None:
+            if not self.prompt_steps:
+                return
             options: Any = {"steps": self.prompt_steps, "learning_rate": self.prompt_learning_rate}
             trace.run(PROMPT, fit([embedding.tokens], (prompt_loss or loss)(), generator=generator, **options))
 
         tune_prompt()
         trace.run(PERTURBATION, perturb())
         for left in reversed(range(self.rounds)):
-            options: Any = {"steps": self.tuning_steps, "learning_rate": learning_rate}
-            trace.run(TUNING, fit(weights, loss(), generator=generator, **options))
+            if self.tuning_steps:
+                options: Any = {"steps": self.tuning_steps, "learning_rate": learning_rate}
+                trace.run(TUNING, fit(weights, loss(), generator=generator, **options))
             trace.run(PERTURBATION, perturb())
             if left:
                 tune_prompt()
@@ -95,16 +98,22 @@ class AntiDiffusion(Alternation):
         sdl_weight: lambda; see above.
         step_size: Of the first sign step, in 1/255 units; a quarter of the budget if None.
         momentum: Weight of the earlier gradients in a step's direction, see `antidiffusion.optimize.Momentum`.
-        target: What the UNet's answer is driven away from, see `antidiffusion.objectives.semantic.DenoisingSemantic`.
+        noise_weight, clean_weight: Of the distance from what the model is trained to predict, the paper's, and from the
+            answer for the clean picture, see `antidiffusion.objectives.semantic.DenoisingSemantic`.
         tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
         low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
     """
 
+    steps: int = 30
+    rounds: int = 3
+    prompt_steps: int = 15
+    tuning_steps: int = 0
     sdl_weight: float = 0.0
     step_size: float | None = None
     momentum: float = 0.9
-    target: str = "clean"
+    noise_weight: float = 0.1
+    clean_weight: float = 1.0
     tuning: str = "auto"
     sdl: str = "divergence"
     low_memory: bool = False
@@ -114,8 +123,9 @@ class AntiDiffusion(Alternation):
     ) -> Trace:
         groups = batches(canvases)
         embedding = surrogate.embed([""])
+        distances = {"noise_weight": self.noise_weight, "clean_weight": self.clean_weight}
         objectives = [
-            DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, views(group), self.target)
+            DenoisingSemantic(surrogate, embedding, self.sdl_weight, self.sdl, views(group), **distances)
             for group in groups
         ]
         budget, momentum = Linf(self.budget), Momentum(self.momentum)
@@ -128,9 +138,10 @@ class AntiDiffusion(Alternation):
             for step_size in islice(sizes, self.steps):
                 yield from ascend(objectives, groups, budget, step_size=step_size, **options)
 
-        with (
-            surrogate.low_memory() if self.low_memory else nullcontext(),
-            tunable(surrogate, self.tuning) as (weights, learning_rate),
-        ):
+        lean = surrogate.low_memory() if self.low_memory else nullcontext()
+        tuned: AbstractContextManager[tuple[list[Tensor], float]] = nullcontext(([], 0.0))
+        if self.counts[TUNING]:
+            tuned = tunable(surrogate, self.tuning)
+        with lean, tuned as (weights, learning_rate):
             options: Any = {"embedding": embedding, "weights": weights, "learning_rate": learning_rate}
             return self._alternate(groups, surrogate, generator, progress, perturb=perturb, **options)

@@ -1,0 +1,194 @@
+"""What the engine costs beside a plain implementation of the released procedure, how cost grows, and where it goes.
+
+    python benchmarks/engine.py compare      # ours and reference_official.py: same machine, weights and schedule
+    python benchmarks/engine.py growth       # pictures, resolution, steps, start-up; writes docs/growth.png
+    python benchmarks/engine.py profile      # torch.profiler's operators of the default recipe
+
+Every run is a process of its own, since a process's peak never falls. Results go to results/engine.json; run it on an
+idle machine.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULT, PLOT = HERE / "results" / "engine.json", HERE.parent / "docs" / "growth.png"
+PORTRAIT = HERE / "portraits" / "02-01.png"
+MODELS = {"mini": 128, "sd21": 512}
+"""What `compare` runs on and the side in pixels: the whole schedule on the embedded model, and Stable Diffusion 2.1's
+shape with a quarter of its channels and random weights, at a tenth of the schedule."""
+DIVISOR, SHORT = 4, {"rounds": 1, "steps": 3, "prompt_steps": 9, "tuning_steps": 5}
+REFERENCE, RUNS = "released, plain", ("official", "anti-diffusion", "quick")
+PICTURES, SIDES, STEPS = (1, 4, 16, 64), (128, 256, 512), (10, 20, 40, 80)
+PIXELS = (256, 512, 1024, 2048)
+REPEATS = 3
+MATHS = ("conv", "mm", "attention", "linear")  # of operators' names: convolution, matrix product, fused attention
+STARTUP = "import antidiffusion; antidiffusion.Surrogate.from_pretrained('mini')"
+
+
+def peak() -> float:
+    import torch
+
+    from antidiffusion.protection import peak_memory
+
+    return peak_memory(torch.device("cpu")) / 1e6
+
+
+def timed(work: Callable[[], Any]) -> dict[str, float]:
+    """Run once; return the seconds, and the process's peak beyond what it was before, in MB."""
+    before, begun = peak(), time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begun
+    return {"seconds": round(seconds, 2), "peak_mb": round(peak()), "working_mb": round(peak() - before)}
+
+
+def compared(model: str, name: str) -> dict[str, float]:
+    """Protect one picture, in this process."""
+    import reference_official
+    import sd21
+    import torch
+
+    from antidiffusion import Picture, Surrogate
+    from antidiffusion.recipes import PRESETS, RECIPES
+    from antidiffusion.resolution import Canvas
+
+    side = MODELS[model]
+    surrogate = Surrogate.from_pretrained("mini") if model == "mini" else sd21.build("cpu", divisor=DIVISOR)
+    pixels = Picture.read(PORTRAIT).pixels.repeat(side // 128, 0).repeat(side // 128, 1)
+    schedule = {} if model == "mini" else SHORT
+    if name == REFERENCE:
+        parts = (surrogate.vae, surrogate.unet, surrogate.text_encoders[0], surrogate.tokenizers[0])
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return timed(lambda: reference_official.protect_official(*parts, surrogate.scheduler, image, **schedule))
+    recipe: Any = PRESETS.get(name) or RECIPES[name]
+    if model != "mini":
+        tenth = {key: min(value, getattr(recipe, key)) for key, value in schedule.items()}
+        recipe = replace(recipe, **tenth)
+    canvas = Canvas(pixels, (side, side))
+    return timed(lambda: recipe([canvas], surrogate, torch.Generator().manual_seed(0), lambda *_: None))
+
+
+def grown(pictures: int, pixels: int, side: int, steps: int) -> dict[str, float]:
+    """Run the default recipe's ascent on several pictures of one size together, in this process."""
+    from antidiffusion import Picture, Surrogate, protect
+    from antidiffusion.recipes import AntiDiffusion
+
+    surrogate = Surrogate.from_pretrained("mini")
+    whole = Picture.read(PORTRAIT).pixels.repeat(pixels // 128, 0).repeat(pixels // 128, 1)
+    recipe = AntiDiffusion(rounds=0, steps=steps, prompt_steps=steps // 2, tuning_steps=0)
+    options: Any = {"surrogate": surrogate, "together": True, "side": side}
+    return timed(lambda: protect([Picture(whole)] * pictures, recipe, **options))
+
+
+def profiled() -> dict[str, Any]:
+    """Return the shares of the operators' own time in the default recipe, less what is under 1 %."""
+    import torch
+
+    from antidiffusion import Picture, Surrogate, protect
+    from antidiffusion.recipes import AntiDiffusion
+
+    surrogate, picture = Surrogate.from_pretrained("mini"), Picture.read(PORTRAIT)
+    recipe = replace(AntiDiffusion(), rounds=1, steps=5, prompt_steps=5)
+    protect([picture], recipe, surrogate=surrogate)
+    with torch.profiler.profile() as profile:
+        protect([picture], recipe, surrogate=surrogate)
+    own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    total = sum(own.values())
+    ranked = sorted(own.items(), key=lambda pair: -pair[1])
+    maths = sum(value for key, value in own.items() if any(word in key for word in MATHS))
+    return {
+        "convolution, matrix products and attention": round(maths / total, 3),
+        "operators": {key: round(value / total, 3) for key, value in ranked if value > total / 100},
+    }
+
+
+def fresh(*arguments: Any) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
+    command = [sys.executable, __file__, "--here", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def compare() -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for model in MODELS:
+        for name in (REFERENCE, *RUNS):
+            row = fresh("compare", model, name)
+            first = rows.setdefault(model, {}).setdefault(REFERENCE, row)
+            ratios = {f"{key} / reference": round(row[key] / first[key], 3) for key in row}
+            rows[model][name] = row | ratios
+            print(model, name, rows[model][name], flush=True)
+    return rows
+
+
+def growth() -> dict[str, Any]:
+    base = {"pictures": 1, "pixels": 128, "side": 128, "steps": 10}
+    swept = {"pictures": PICTURES, "pixels": PIXELS, "side": SIDES, "steps": STEPS}
+    rows: dict[str, Any] = {}
+    for key, values in swept.items():
+        rows[key] = {}
+        for value in values:
+            rows[key][value] = fresh("growth", *(base | {key: value}).values())
+            print(key, value, rows[key][value], flush=True)
+    seconds = []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", STARTUP], check=True, stderr=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - begun)
+    rows["start-up seconds"] = round(statistics.median(seconds), 2)
+    plot(rows)
+    return rows
+
+
+def plot(rows: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    labels = {
+        "pictures": ("pictures together", "s a picture"),
+        "pixels": ("side of the picture, px", "s"),
+        "side": ("side that the model sees, px", "s"),
+        "steps": ("steps", "s"),
+    }
+    for axes, (key, (x, y)) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
+        values = list(rows[key])
+        share = [rows[key][value]["seconds"] / (value if key == "pictures" else 1) for value in values]
+        axes.plot(values, share, "o-")
+        axes.set(xlabel=x, ylabel=y, xscale="log", xticks=values, xticklabels=values)
+        axes.set_ylim(bottom=0)
+        axes.minorticks_off()
+    figure.savefig(PLOT, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["compare", "growth", "profile"])
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        if options.command == "compare":
+            print(json.dumps(compared(*options.arguments)))
+        else:
+            print(json.dumps(grown(*map(int, options.arguments))))
+        return
+    import torch
+
+    from antidiffusion.protection import versions
+
+    run = {"compare": compare, "growth": growth, "profile": profiled}[options.command]
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else defaultdict(dict)
+    results[options.command] = run() | {"threads": torch.get_num_threads(), "versions": versions()}
+    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
