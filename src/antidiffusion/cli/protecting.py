@@ -43,13 +43,18 @@ def protect(
     ] = "anti-diffusion",
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=0, help="Further rounds of ascent and prompt tuning.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A third of the work.")] = False,
     strong: Annotated[bool, typer.Option("--strong", help="Twice the work.")] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All pictures show one person: protect them jointly.")
     ] = False,
-    tuning: Annotated[Tuning, typer.Option(help="How the surrogate is tuned.")] = Tuning.auto,
+    tuning_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps that tune the surrogate in a round; 0 in ours.")
+    ] = None,
+    tuning: Annotated[Tuning, typer.Option(help="How these steps tune it.")] = Tuning.auto,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Recompute instead of keeping; slower.")] = False,
     side: Annotated[int | None, typer.Option(min=64, help="Pixels at which the surrogate looks.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
@@ -71,10 +76,13 @@ def protect(
             "--budget": budget,
             "--steps": steps,
             "--rounds": rounds,
+            "--tuning-steps": tuning_steps,
             "--tuning": None if tuning is Tuning.auto else tuning.value,
             "--low-memory": low_memory or None,
         }
         chosen = choose_recipe(recipe, "quick" if quick else "strong" if strong else None, options)
+        if tuning is not Tuning.auto and not getattr(chosen, "tuning_steps", 0):
+            raise ValueError(f"expected --tuning-steps with --tuning, got --tuning {tuning.value} alone; try 20")
         if dry_run and not hasattr(chosen, "counts"):
             raise ValueError(f"expected --dry-run with anti-diffusion or official, got {recipe}; leave it out")
         jobs = plan(inputs, output)
@@ -167,7 +175,7 @@ def summary(path: str, card: dict[str, Any]) -> str:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for page and pictures.")] = Path("demo"),
     budget: Annotated[float, typer.Option(help="In 1/255 (1 to 64).")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A third of the work.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Protect synthetic portraits with the embedded model, edit them, and write one page that shows it all."""
