@@ -109,7 +109,8 @@ def counts(recipe: Any) -> dict[str, int]:
         raise RuntimeError(f"expected {announced} steps, got {result}; bring counts() up to date with the recipe")
     balanced = math.ceil(result[PERTURBATION] / BALANCE_EVERY) if recipe.sdl_weight else 1  # the first encodes too
     result[PERTURBATION] -= balanced
-    return result | {BALANCED: balanced, ENCODING: max(1, recipe.rounds) + recipe.rounds}
+    tunings = recipe.rounds if recipe.tuning_steps else 0
+    return result | {BALANCED: balanced, ENCODING: max(1, recipe.rounds) + tunings}
 
 
 def total_steps(recipe: Recipe) -> int:
@@ -165,9 +166,9 @@ def main() -> None:
     rows = {}
     for name, recipe in {
         "anti-diffusion": default,
-        "anti-diffusion, full tuning": replace(default, tuning="full"),
+        "anti-diffusion, with surrogate tuning": replace(default, tuning_steps=20, tuning="full"),
         "anti-diffusion, semantic term": replace(default, sdl_weight=1.0),
-        "anti-diffusion, quick": PRESETS["quick"],
+        **{f"anti-diffusion, {name}": preset for name, preset in PRESETS.items()},
         "official, our code": official,
     }.items():
         rows[name] = row(our_steps(sd21.build(), recipe), counts(recipe))

@@ -453,7 +453,7 @@ def test_demo(loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("antidiffusion.demo.run_demo", run_demo)
     run = cli("demo", "-o", "show", "--quick", "--budget", "4", "--seed", "9")
     assert (run.code, run.out, run.err) == (0, "show/index.html\n", "")
-    assert seen == [(Path("show"), AntiDiffusion(4, rounds=0, steps=40), 9)]
+    assert seen == [(Path("show"), AntiDiffusion(4, rounds=0, steps=25), 9)]
     assert cli("demo", "--budget", "0").code == 2
 
 

@@ -46,7 +46,7 @@ def protect(
     rounds: Annotated[
         int | None, typer.Option(min=0, help="Further rounds of ascent and prompt tuning.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A third of the work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the work.")] = False,
     strong: Annotated[bool, typer.Option("--strong", help="Twice the work.")] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All pictures show one person: protect them jointly.")
@@ -175,7 +175,7 @@ def summary(path: str, card: dict[str, Any]) -> str:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for page and pictures.")] = Path("demo"),
     budget: Annotated[float, typer.Option(help="In 1/255 (1 to 64).")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="A third of the work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the work.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Protect synthetic portraits with the embedded model, edit them, and write one page that shows it all."""

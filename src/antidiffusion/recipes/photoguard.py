@@ -18,8 +18,8 @@ GREY = 0.5
 class PhotoGuard:
     """Pull the latent to that of a grey picture, so that the model edits a grey picture.
 
-    Random start, decaying step size and the target are the released code's; the paper is silent on the first two. Its
-    demo takes a photo of a grey screen for the target, here it is exactly grey.
+    Random start, decaying step size and the target are those of the released demo, which takes a photo of a grey screen
+    for the target, here it is exactly grey, and steps of 1.3 in a ball of 15.3.
 
     Arguments:
         budget: L-infinity budget in 1/255 units around the untouched picture; the paper's is 16.
