@@ -108,7 +108,6 @@ class AntiDiffusion(Alternation):
     steps: int = 30
     rounds: int = 3
     prompt_steps: int = 15
-    tuning_steps: int = 0
     sdl_weight: float = 0.0
     step_size: float | None = None
     momentum: float = 0.9
