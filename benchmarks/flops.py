@@ -166,7 +166,7 @@ def main() -> None:
     rows = {}
     for name, recipe in {
         "anti-diffusion": default,
-        "anti-diffusion, with surrogate tuning": replace(default, tuning_steps=20, tuning="full"),
+        "anti-diffusion, full tuning": replace(default, tuning="full"),
         "anti-diffusion, semantic term": replace(default, sdl_weight=1.0),
         **{f"anti-diffusion, {name}": preset for name, preset in PRESETS.items()},
         "official, our code": official,

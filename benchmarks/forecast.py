@@ -17,7 +17,7 @@ PORTRAITS = sorted((HERE / "portraits").glob("*.png"))
 RUNS = {
     "default": [],
     "quick": ["--quick"],
-    "full tuning, low memory": ["--tuning-steps", "20", "--tuning", "full", "--low-memory"],
+    "full tuning, low memory": ["--tuning", "full", "--low-memory"],
     "official": ["--recipe", "official"],
 }
 

@@ -95,7 +95,7 @@ def test_one_photo_alone(loaded: Path) -> None:
         ([], RECIPES["anti-diffusion"]),
         (["--quick"], PRESETS["quick"]),
         (["--strong", "--budget", "4"], AntiDiffusion(rounds=7, budget=4)),
-        (["--quick", "--rounds", "2", "--steps", "1"], AntiDiffusion(rounds=2, steps=1)),
+        (["--quick", "--rounds", "2", "--steps", "1"], AntiDiffusion(rounds=2, steps=1, tuning_steps=0)),
         (
             ["--tuning-steps", "5", "--tuning", "lora", "--low-memory"],
             AntiDiffusion(tuning_steps=5, tuning="lora", low_memory=True),
@@ -126,10 +126,6 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "budget 0": (["photos", "--budget", "0"], ["a budget from 1 to 64", "got 0;", "try 8"]),
     "budget 65": (["photos", "--budget", "65"], ["a budget from 1 to 64", "got 65;", "try 8"]),
     "budget nan": (["photos", "--budget", "nan"], ["a budget from 1 to 64", "got nan;", "try 8"]),
-    "tuning without steps": (
-        ["photos", "--tuning", "lora"],
-        ["--tuning-steps with --tuning", "got --tuning lora alone", "try 20"],
-    ),
     "quick and strong": (["photos", "--quick", "--strong"], ["--quick or --strong", "got both", "leave one out"]),
     "quick official": (
         ["photos", "--recipe", "official", "--quick"],
@@ -280,7 +276,7 @@ def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int, fil
 def test_a_setting_that_the_model_refuses(loaded: Path, monkeypatch: pytest.MonkeyPatch, sd15: Any) -> None:
     half = Surrogate.from_pretrained(str(sd15.folder), dtype=torch.bfloat16)
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda *options: half)
-    run = cli("protect", "photos/a.png", "--tuning-steps", "1", "--tuning", "full", "--steps", "1", "--rounds", "1")
+    run = cli("protect", "photos/a.png", "--tuning", "full", "--steps", "1", "--rounds", "1")
     assert run.code == 1
     assert "failed: photos/a.png: expected float32 weights for full tuning, got torch.bfloat16; use float32" in run.err
 
@@ -453,7 +449,7 @@ def test_demo(loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("antidiffusion.demo.run_demo", run_demo)
     run = cli("demo", "-o", "show", "--quick", "--budget", "4", "--seed", "9")
     assert (run.code, run.out, run.err) == (0, "show/index.html\n", "")
-    assert seen == [(Path("show"), AntiDiffusion(4, rounds=0, steps=25), 9)]
+    assert seen == [(Path("show"), AntiDiffusion(4, rounds=0, steps=25, tuning_steps=0), 9)]
     assert cli("demo", "--budget", "0").code == 2
 
 

@@ -44,7 +44,7 @@ def protect(
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=0, help="Further rounds of ascent and prompt tuning.")
+        int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A quarter of the work.")] = False,
     strong: Annotated[bool, typer.Option("--strong", help="Twice the work.")] = False,
@@ -52,7 +52,7 @@ def protect(
         bool, typer.Option("--together", help="All pictures show one person: protect them jointly.")
     ] = False,
     tuning_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps that tune the surrogate in a round; 0 in ours.")
+        int | None, typer.Option(min=0, help="Steps that tune the surrogate in a round.")
     ] = None,
     tuning: Annotated[Tuning, typer.Option(help="How these steps tune it.")] = Tuning.auto,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Recompute instead of keeping; slower.")] = False,
@@ -81,8 +81,6 @@ def protect(
             "--low-memory": low_memory or None,
         }
         chosen = choose_recipe(recipe, "quick" if quick else "strong" if strong else None, options)
-        if tuning is not Tuning.auto and not getattr(chosen, "tuning_steps", 0):
-            raise ValueError(f"expected --tuning-steps with --tuning, got --tuning {tuning.value} alone; try 20")
         if dry_run and not hasattr(chosen, "counts"):
             raise ValueError(f"expected --dry-run with anti-diffusion or official, got {recipe}; leave it out")
         jobs = plan(inputs, output)

@@ -56,6 +56,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 PRESETS: dict[str, AntiDiffusion] = {
-    "quick": AntiDiffusion(rounds=0, steps=25),
+    "quick": AntiDiffusion(rounds=0, steps=25, tuning_steps=0),
     "strong": AntiDiffusion(rounds=7),
 }
