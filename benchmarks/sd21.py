@@ -49,13 +49,13 @@ def divided(config: dict[str, Any], divisor: int) -> dict[str, Any]:
 
 
 class Ids:
-    """Stands in for CLIP's tokenizer, whose vocabulary is part of the weights: every prompt is `TOKENS` times zero."""
+    """Stands in for CLIP's tokenizer, whose vocabulary is part of the weights: every prompt fills the window."""
 
     model_max_length = TOKENS
     input_ids: torch.Tensor
 
-    def __call__(self, prompts: list[str], **options: Any) -> "Ids":
-        self.input_ids = torch.zeros(len(prompts), TOKENS, dtype=torch.int64)
+    def __call__(self, prompts: list[str], add_special_tokens: bool = True, **options: Any) -> "Ids":
+        self.input_ids = torch.zeros(len(prompts), TOKENS if add_special_tokens else TOKENS - 2, dtype=torch.int64)
         return self
 
 
