@@ -90,9 +90,8 @@ class Alternation:
 class AntiDiffusion(Alternation):
     """Our recipe: the paper's procedure inside a fixed ball, with terms that act.
 
-    The run starts at a random perturbation; the sign steps have momentum, and their size falls. With the target "clean"
-    the semantic disturbance loss costs protection: four edits of four development pictures kept an SSIM of 0.881 to
-    those of the clean pictures without it, 0.894 with it.
+    The run starts at a random perturbation; the sign steps have momentum, and their size falls. The distance from the
+    clean picture's answer disturbs edits most, the one from the truth tuning: docs/method.md has the figures.
 
     Arguments:
         sdl_weight: lambda; see above.
