@@ -1,8 +1,8 @@
 """What the engine costs beside a plain implementation of the released procedure, how cost grows, and where it goes.
 
-    python benchmarks/engine.py compare      # ours and reference_official.py: same machine, weights and schedule
-    python benchmarks/engine.py growth       # pictures, resolution, steps, start-up; writes docs/growth.png
-    python benchmarks/engine.py profile      # torch.profiler's operators of the default recipe
+    python benchmarks/engine.py compare [mini] [sd21]    # ours and reference_official.py, same machine and weights
+    python benchmarks/engine.py growth                   # pictures, resolution, steps, start-up; docs/growth.png
+    python benchmarks/engine.py profile                  # torch.profiler's operators of the default recipe
 
 Every run is a process of its own, since a process's peak never falls. Results go to results/engine.json; run it on an
 idle machine.
@@ -117,9 +117,9 @@ def fresh(*arguments: Any) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def compare() -> dict[str, Any]:
+def compare(models: list[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    for model in MODELS:
+    for model in models or MODELS:
         for name in (REFERENCE, *RUNS):
             row = fresh("compare", model, name)
             first = rows.setdefault(model, {}).setdefault(REFERENCE, row)
@@ -184,7 +184,7 @@ def main() -> None:
 
     from antidiffusion.protection import versions
 
-    run = {"compare": compare, "growth": growth, "profile": profiled}[options.command]
+    run = {"compare": lambda: compare(options.arguments), "growth": growth, "profile": profiled}[options.command]
     results = json.loads(RESULT.read_text()) if RESULT.exists() else defaultdict(dict)
     results[options.command] = run() | {"threads": torch.get_num_threads(), "versions": versions()}
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
