@@ -43,17 +43,13 @@ def protect(
     ] = "anti-diffusion",
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
-    rounds: Annotated[
-        int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")
-    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A quarter of the work.")] = False,
     strong: Annotated[bool, typer.Option("--strong", help="Twice the work.")] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All pictures show one person: protect them jointly.")
     ] = False,
-    tuning_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps that tune the surrogate in a round.")
-    ] = None,
+    tuning_steps: Annotated[int | None, typer.Option(min=0, help="Steps that tune the surrogate in a round.")] = None,
     tuning: Annotated[Tuning, typer.Option(help="How these steps tune it.")] = Tuning.auto,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Recompute instead of keeping; slower.")] = False,
     side: Annotated[int | None, typer.Option(min=64, help="Pixels at which the surrogate looks.")] = None,
