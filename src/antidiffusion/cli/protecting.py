@@ -44,7 +44,7 @@ def protect(
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
     rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work.")] = False,
     strong: Annotated[bool, typer.Option("--strong", help="Twice the work.")] = False,
     together: Annotated[
         bool, typer.Option("--together", help="All pictures show one person: protect them jointly.")
@@ -169,7 +169,7 @@ def summary(path: str, card: dict[str, Any]) -> str:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for page and pictures.")] = Path("demo"),
     budget: Annotated[float, typer.Option(help="In 1/255 (1 to 64).")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the work.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Protect synthetic portraits with the embedded model, edit them, and write one page that shows it all."""
