@@ -1,8 +1,8 @@
 """What the engine costs beside a plain implementation of the released procedure, how cost grows, and where it goes.
 
     python benchmarks/engine.py compare [mini] [sd21]    # ours and reference_official.py, same machine and weights
-    python benchmarks/engine.py growth                   # pictures, resolution, steps, start-up; docs/growth.png
-    python benchmarks/engine.py profile                  # torch.profiler's operators of the default recipe
+    python benchmarks/engine.py growth                   # pictures, sides, steps, start-up; needs .[plots]
+    python benchmarks/engine.py profile [mini] [sd21]    # torch.profiler's operators of the default recipe
 
 Every run is a process of its own, since a process's peak never falls. Results go to results/engine.json; run it on an
 idle machine.
@@ -51,29 +51,42 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_mb": round(peak()), "working_mb": round(peak() - before)}
 
 
+def prepared(model: str) -> tuple[Any, Any]:
+    """Return the surrogate and the portrait's pixels at its size."""
+    import sd21
+
+    from antidiffusion import Picture, Surrogate
+
+    times = MODELS[model] // 128
+    surrogate = Surrogate.from_pretrained("mini") if model == "mini" else sd21.build("cpu", divisor=DIVISOR)
+    return surrogate, Picture.read(PORTRAIT).pixels.repeat(times, 0).repeat(times, 1)
+
+
+def shortened(recipe: Any) -> Any:
+    """Cut a recipe to a tenth of its schedule, or less if it has less."""
+    return replace(recipe, **{key: min(value, getattr(recipe, key)) for key, value in SHORT.items()})
+
+
 def compared(model: str, name: str) -> dict[str, float]:
     """Protect one picture, in this process."""
     import reference_official
-    import sd21
     import torch
 
-    from antidiffusion import Picture, Surrogate
     from antidiffusion.recipes import PRESETS, RECIPES
     from antidiffusion.resolution import Canvas
 
-    side = MODELS[model]
-    surrogate = Surrogate.from_pretrained("mini") if model == "mini" else sd21.build("cpu", divisor=DIVISOR)
-    pixels = Picture.read(PORTRAIT).pixels.repeat(side // 128, 0).repeat(side // 128, 1)
+    surrogate, pixels = prepared(model)
     schedule = {} if model == "mini" else SHORT
     if name == REFERENCE:
+        for module in surrogate.modules:
+            module.to(memory_format=torch.contiguous_format)  # as a plain implementation has them
         parts = (surrogate.vae, surrogate.unet, surrogate.text_encoders[0], surrogate.tokenizers[0])
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         return timed(lambda: reference_official.protect_official(*parts, surrogate.scheduler, image, **schedule))
     recipe: Any = PRESETS.get(name) or RECIPES[name]
     if model != "mini":
-        tenth = {key: min(value, getattr(recipe, key)) for key, value in schedule.items()}
-        recipe = replace(recipe, **tenth)
-    canvas = Canvas(pixels, (side, side))
+        recipe = shortened(recipe)
+    canvas = Canvas(pixels, pixels.shape[:2])
     return timed(lambda: recipe([canvas], surrogate, torch.Generator().manual_seed(0), lambda *_: None))
 
 
@@ -89,18 +102,23 @@ def grown(pictures: int, pixels: int, side: int, steps: int) -> dict[str, float]
     return timed(lambda: protect([Picture(whole)] * pictures, recipe, **options))
 
 
-def profiled() -> dict[str, Any]:
-    """Return the shares of the operators' own time in the default recipe, less what is under 1 %."""
+def profiled(model: str) -> dict[str, Any]:
+    """Return the shares of the operators' own time in a third of the default recipe, less what is under 1 %."""
     import torch
 
-    from antidiffusion import Picture, Surrogate, protect
     from antidiffusion.recipes import AntiDiffusion
+    from antidiffusion.resolution import Canvas
 
-    surrogate, picture = Surrogate.from_pretrained("mini"), Picture.read(PORTRAIT)
-    recipe = replace(AntiDiffusion(), rounds=1, steps=5, prompt_steps=5)
-    protect([picture], recipe, surrogate=surrogate)
+    surrogate, pixels = prepared(model)
+    recipe = replace(AntiDiffusion(), rounds=1, steps=20) if model == "mini" else shortened(AntiDiffusion())
+
+    def run() -> None:
+        canvas = Canvas(pixels, pixels.shape[:2])
+        recipe([canvas], surrogate, torch.Generator().manual_seed(0), lambda *_: None)
+
+    run()
     with torch.profiler.profile() as profile:
-        protect([picture], recipe, surrogate=surrogate)
+        run()
     own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     total = sum(own.values())
     ranked = sorted(own.items(), key=lambda pair: -pair[1])
@@ -119,7 +137,7 @@ def fresh(*arguments: Any) -> dict[str, Any]:
 
 def compare(models: list[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    for model in models or MODELS:
+    for model in models:
         for name in (REFERENCE, *RUNS):
             row = fresh("compare", model, name)
             first = rows.setdefault(model, {}).setdefault(REFERENCE, row)
@@ -184,7 +202,12 @@ def main() -> None:
 
     from antidiffusion.protection import versions
 
-    run = {"compare": lambda: compare(options.arguments), "growth": growth, "profile": profiled}[options.command]
+    models = options.arguments or list(MODELS)
+    run = {
+        "compare": lambda: compare(models),
+        "growth": growth,
+        "profile": lambda: {model: profiled(model) for model in models},
+    }[options.command]
     results = json.loads(RESULT.read_text()) if RESULT.exists() else defaultdict(dict)
     results[options.command] = run() | {"threads": torch.get_num_threads(), "versions": versions()}
     RESULT.write_text(json.dumps(results, indent=1) + "\n")

@@ -83,7 +83,7 @@ def build(device: str = "meta", dtype: torch.dtype = torch.float32, divisor: int
             fill(module)
     vae, unet, text_encoder = modules
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return Surrogate("sd-2.1-base shape", vae, unet, [text_encoder], [Ids()], scheduler, SIDE)
+    return Surrogate("sd-2.1-base shape", vae, unet, [text_encoder], [Ids()], scheduler, SIDE).to(device)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from io import StringIO
 from itertools import pairwise
@@ -89,8 +89,14 @@ def test_one_key_twice(tmp_path: Path) -> None:
 
 
 def test_plots_point_to_the_better() -> None:
-    edits, tunings = figures.plots(run())
-    assert (edits.title, edits.metric, tunings.title) == ("edit", "ssim_to_clean", "tuning")
+    rows = [replace(row, seconds=100.0) if row.recipe == "mist" else row for row in run()]
+    edits, edits_by_time, tunings, _ = figures.plots(rows)
+    assert (edits.title, edits.metric, edits.axis, tunings.title) == ("edit", "ssim_to_clean", "PSNR in dB", "tuning")
+    assert (edits_by_time.axis, [text for _, text in edits_by_time.x_ticks][::2]) == (
+        figures.AXES["seconds"],
+        ["2.0", "100.0"],
+    )
+    assert [point.left for point in edits_by_time.points] == [True, False, False]
     for plot in (edits, tunings):
         places = {point.name: point for point in plot.points}
         assert list(places) == ["mist", "advdm", "random-sign"]
@@ -105,7 +111,7 @@ def test_plots_point_to_the_better() -> None:
 
 def test_labels_keep_apart_and_inside() -> None:
     rows = [row(str(i), kind="protection", metrics={"psnr": 30.0}) for i in range(12)]
-    (plot,) = figures.plots([*rows, *(edit(str(i), "000", 0.5 if i else 0.1) for i in range(12))])
+    plot, _ = figures.plots([*rows, *(edit(str(i), "000", 0.5 if i else 0.1) for i in range(12))])
     labels = [point.label_y for point in plot.points]
     assert all(b - a >= figures.LABEL for a, b in pairwise(labels))
     assert labels[0] > 0 and labels[-1] < figures.BOTTOM
@@ -187,11 +193,11 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
         "Ranking",
         "Purifiers",
         "Transfer",
-        "Protection against invisibility",
+        "Protection against invisibility and time",
         "Pictures",
     ):
         assert f"<h2>{heading}</h2>" in text
-    assert "it is no guarantee" in text and "hsl(" in text and text.count("<svg") == 2
+    assert "it is no guarantee" in text and "hsl(" in text and text.count("<svg") == 4
 
 
 def test_what_is_not_there_has_no_section(tmp_path: Path) -> None:
@@ -201,7 +207,7 @@ def test_what_is_not_there_has_no_section(tmp_path: Path) -> None:
 
 def test_markdown() -> None:
     text = to_markdown([*run(), edit("a|b\n<c>", "000", 0.5)])
-    assert re.findall("^## (.*)", text, re.M) == ["Protection", "Attacks", "Ranking", "Purifiers"]
+    assert re.findall("^## (.*)", text, re.M) == ["Protection", "Attacks", "Ranking", "Purifiers", "Transfer"]
     assert "| a\\|b &lt;c> |" in text and "it is no guarantee" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1

@@ -276,3 +276,9 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(surrogate: Surr
     with pytest.warns(UserWarning, match=rf"at most {room} tokens, got \d+; cut off: 'green hat'"):
         cut = surrogate.embed([f"{prompt} green hat"])
     assert torch.equal(fits.tokens, cut.tokens)
+
+
+def test_convolutions_are_channels_last(tiny: Surrogate) -> None:
+    for module in (tiny.unet, tiny.vae):
+        weights = [weight for weight in module.parameters() if weight.ndim == 4]
+        assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)

@@ -190,10 +190,14 @@ class Surrogate:
         from antidiffusion.loading import load_parts
 
         parts = load_parts(locate(model, config=config, offline=offline), dtype)
-        surrogate = cls(name=model, **parts)
-        for module in surrogate.modules:
-            module.to(device)
-        return surrogate
+        return cls(name=model, **parts).to(device)
+
+    def to(self, device: str | torch.device) -> "Surrogate":
+        """Move the weights to a device, channels-last on CPU and CUDA, whose convolutions are faster so."""
+        last = torch.device(device).type in ("cpu", "cuda")
+        for module in self.modules:
+            module.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+        return self
 
     @property
     def modules(self) -> list[Any]:

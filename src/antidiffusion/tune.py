@@ -19,8 +19,51 @@ ADAPTER = "tuning"  # peft's name for ours
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
+BUCKET = 2**20  # weights that take their step together: 4 MB of float32 gradients
+
 Loss = Callable[[Generator], Tensor]
 Sampler = Callable[[Generator], Tensor]  # draws latents (B, C, h, w), for example Posterior.sample
+
+
+class Bucket:
+    """Parameters that take their AdamW step together, as soon as the gradient of the last of them is known.
+
+    Arguments:
+        parameters: Leaf tensors that ask for gradients; these are freed after the step.
+        learning_rate: AdamW's.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], learning_rate: float) -> None:
+        self._size = self._left = len(parameters)
+        self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
+        self.hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self._left -= 1
+        if not self._left:
+            self._step()
+
+    def flush(self) -> None:
+        """Take the step after a backward pass that did not reach every parameter."""
+        if self._left < self._size:
+            self._step()
+
+    def _step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._left = self._size
+
+
+def bucketed(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield runs of parameters that hold `BUCKET` weights or are as few as one."""
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if bucket and sum(map(Tensor.numel, bucket)) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def fit(
@@ -33,8 +76,8 @@ def fit(
 ) -> Iterator[float]:
     """Minimise a loss with AdamW; yields the loss before every step.
 
-    A parameter takes its step inside the backward pass, as soon as its gradient is known, and the gradient is freed:
-    all gradients together would cost as much memory as the weights.
+    Parameters take their step inside the backward pass, a `Bucket` at a time, and the gradients are freed: all
+    gradients together would cost as much memory as the weights.
 
     Arguments:
         parameters: Leaf tensors, updated in place; gradients are asked for inside the loop only.
@@ -43,28 +86,23 @@ def fit(
         learning_rate: AdamW's; betas (0.9, 0.999) and weight decay 0.01 are torch's defaults.
         generator: Source of the loss's noise.
     """
-    optimizers = {
-        parameter: torch.optim.AdamW([parameter], lr=learning_rate, foreach=False) for parameter in parameters
-    }
-
-    def step(parameter: Tensor) -> None:
-        optimizers[parameter].step()
-        parameter.grad = None
-
-    hooks = []
+    buckets: list[Bucket] = []
     try:
         for parameter in parameters:
             parameter.requires_grad_()
-            hooks.append(parameter.register_post_accumulate_grad_hook(step))
+        for members in bucketed(parameters):
+            buckets.append(Bucket(members, learning_rate))
         for _ in range(steps):
             value = loss(generator)
             value.backward()
+            for bucket in buckets:
+                bucket.flush()
             yield value.item()
     finally:
-        for hook in hooks:
+        for hook in [hook for bucket in buckets for hook in bucket.hooks]:
             hook.remove()
         for parameter in parameters:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False).grad = None
 
 
 def constant(z: Tensor) -> Sampler:

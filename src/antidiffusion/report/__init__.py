@@ -41,10 +41,12 @@ SECTIONS = {
         tables.purifiers,
         "What the attacker washes pictures with first. Rows of attacks that fail on the clean picture are left out.",
     ),
+    "Transfer": (
+        tables.transfer,
+        "Attackers with the protector's model and with others. "
+        "Rows of attacks that fail on the clean picture are left out.",
+    ),
 }
-TRANSFER = (
-    "Attackers with another model than the protector's. Rows of attacks that fail on the clean picture are left out."
-)
 
 
 def to_html(rows: Sequence[Row], folder: Path) -> str:
@@ -55,7 +57,6 @@ def to_html(rows: Sequence[Row], folder: Path) -> str:
         folder: Where the pictures' paths begin: the rows' folder.
     """
     rows = named_apart(rows)
-    sections = _sections(rows) | {"Transfer": (tables.transfer(rows), TRANSFER)}
     environment = Environment(
         loader=PackageLoader("antidiffusion", "templates"),
         autoescape=True,
@@ -67,7 +68,7 @@ def to_html(rows: Sequence[Row], folder: Path) -> str:
         title=TITLE,
         lead=LEAD,
         head=tables.head(rows),
-        sections={name: section for name, section in sections.items() if section[0]},
+        sections=_sections(rows),
         plots=figures.plots(rows),
         grids=figures.grids(rows, folder),
         size=figures,
@@ -75,12 +76,11 @@ def to_html(rows: Sequence[Row], folder: Path) -> str:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Render the tables but not transfer, plots and pictures."""
+    """Render the tables but not the plots and pictures."""
     rows = named_apart(rows)
     parts = [f"# {TITLE}", LEAD, *map(_markdown, tables.head(rows))]
     for name, (found, note) in _sections(rows).items():
-        if found:
-            parts += [f"## {name}", note, *map(_markdown, found)]
+        parts += [f"## {name}", note, *map(_markdown, found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -132,7 +132,7 @@ def write(text: str, path: Path) -> None:
 
 
 def _sections(rows: Sequence[Row]) -> dict[str, tuple[list[Table], str]]:
-    return {name: (build(rows), note) for name, (build, note) in SECTIONS.items()}
+    return {name: (found, note) for name, (build, note) in SECTIONS.items() if (found := build(rows))}
 
 
 def _markdown(table: Table) -> str:
