@@ -31,7 +31,7 @@ def encode(vae: Any, image: Tensor) -> Tensor:
 
 def draw(latents: Tensor, scheduler: Any) -> tuple[Tensor, Tensor]:
     """Draw noise like the latents, then one uniform training step a picture, `(B,)` int64."""
-    noise = torch.randn_like(latents)
+    noise = torch.randn_like(latents, memory_format=torch.contiguous_format)  # channels-last is drawn in another order
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
     return noise, t
 
@@ -169,7 +169,6 @@ def protect_official(
     vae, unet, text_encoder = (deepcopy(module).requires_grad_(True) for module in (vae, unet, text_encoder))
     unet.set_attn_processor(AttnProcessor())  # the released code replaces the UNet's attention only
     torch.manual_seed(seed)
-    image = image.contiguous()  # randn_like of channels-last latents would draw in another order
     length = tokenizer.model_max_length
     tokens = tokenizer([""], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     embedding = text_encoder(tokens.input_ids.to(image.device))[0]

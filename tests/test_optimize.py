@@ -74,6 +74,15 @@ def test_batches_group_by_view_and_lose_nothing() -> None:
     assert [views(group).shape for group in groups] == [(2, 3, 32, 32), (2, 3, 32, 64), (1, 3, 64, 32)]
 
 
+@pytest.mark.parametrize(("size", "sizes"), [((128, 128), [16, 4]), ((512, 512), [1] * 20), ((1024, 512), [1] * 20)])
+def test_a_batch_is_at_most_one_picture_of_stable_diffusion_s_size(size: tuple[int, int], sizes: list[int]) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pictures = [Canvas(pixels, size) for _ in range(20)]
+    groups = batches(pictures)
+    assert [len(group) for group in groups] == sizes
+    assert [id(c) for group in groups for c in group] == [id(c) for c in pictures]
+
+
 def test_several_groups_all_move() -> None:
     pictures = [canvas(0), canvas(1, (32, 64))]
     run(pictures, noisy)

@@ -17,10 +17,17 @@ from antidiffusion.objectives import Objective
 from antidiffusion.resolution import Canvas
 
 
+LARGEST_BATCH = 512 * 512  # pixels: a larger one costs memory and saves no time
+
+
 def batches(canvases: Sequence[Canvas]) -> list[list[Canvas]]:
-    """Group canvases whose views have one size, so that each group runs as a batch."""
+    """Group canvases whose views have one size, so that each group runs as a batch of `LARGEST_BATCH` or one."""
     ordered = sorted(canvases, key=lambda canvas: canvas.size)
-    return [list(group) for _, group in groupby(ordered, key=lambda canvas: canvas.size)]
+    groups = []
+    for (height, width), group in groupby(ordered, key=lambda canvas: canvas.size):
+        alike, count = list(group), max(1, LARGEST_BATCH // (height * width))
+        groups += [alike[first : first + count] for first in range(0, len(alike), count)]
+    return groups
 
 
 def views(batch: Sequence[Canvas]) -> Tensor:
