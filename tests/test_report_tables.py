@@ -172,6 +172,8 @@ def test_transfer() -> None:
     assert list(texts(table)) == ["random-sign", "advdm", "mist"]
     assert len(tables.attacks(run())) == 3
     assert tables.transfer([edit("advdm", "0", 0.5)]) == []
+    fewer = [edit("advdm", item, 0.5) for item in "01"] + [edit("advdm", "0", 0.6, attacker="other")]
+    assert texts(tables.transfer(fewer)[0])["advdm"]["by other"] == "0.600, n=1"
 
 
 def test_models_and_budgets_are_not_averaged_over() -> None:

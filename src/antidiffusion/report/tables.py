@@ -164,11 +164,11 @@ def transfer(rows: Sequence[Row]) -> list[Table]:
         attackers, metric = sorted({row.attacker for row in group}), PRIMARY[group[0].kind]
         if len(attackers) < 2:
             continue
-        lines = []
+        lines, items = [], len({row.unit for row in group})
         for recipe, own in by_recipe(group).items():
             found = [_of([row for row in own if row.attacker == attacker], metric) for attacker in attackers]
             if any(found):
-                lines.append((Cell(recipe), *(Cell(_text(value, 3)) for value in found)))
+                lines.append((Cell(recipe), *(Cell(_text(value, 3, items)) for value in found)))
         columns = ("recipe", *(f"by {attacker}" for attacker in attackers))
         tables.append(Table(f"{title}: {_arrow(metric)}", columns, tuple(lines), f"{_items(group)}."))
     return tables
