@@ -169,6 +169,7 @@ def main() -> None:
         "anti-diffusion, full tuning": replace(default, tuning="full"),
         "anti-diffusion, semantic term": replace(default, sdl_weight=1.0),
         **{f"anti-diffusion, {name}": preset for name, preset in PRESETS.items()},
+        **{f"anti-diffusion, quick, {steps} steps": replace(PRESETS["quick"], steps=steps) for steps in (12, 50)},
         "official, our code": official,
     }.items():
         rows[name] = row(our_steps(sd21.build(), recipe), counts(recipe))

@@ -16,7 +16,6 @@ from antidiffusion.budget import Linf
 from antidiffusion.objectives import Objective
 from antidiffusion.resolution import Canvas
 
-
 LARGEST_BATCH = 512 * 512  # pixels: a larger one costs memory and saves no time
 
 
