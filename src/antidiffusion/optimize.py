@@ -20,7 +20,7 @@ LARGEST_BATCH = 512 * 512  # pixels: a larger one costs memory and saves no time
 
 
 def batches(canvases: Sequence[Canvas]) -> list[list[Canvas]]:
-    """Group canvases whose views have one size, so that each group runs as a batch of `LARGEST_BATCH` or one."""
+    """Group canvases whose views have one size; a group runs as a batch of at most `LARGEST_BATCH`, or of one."""
     ordered = sorted(canvases, key=lambda canvas: canvas.size)
     groups = []
     for (height, width), group in groupby(ordered, key=lambda canvas: canvas.size):

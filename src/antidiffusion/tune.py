@@ -55,7 +55,7 @@ class Bucket:
 
 
 def bucketed(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield runs of parameters that hold `BUCKET` weights or are as few as one."""
+    """Yield runs of parameters of at most `BUCKET` weights together, or of one larger parameter."""
     bucket: list[Tensor] = []
     for parameter in parameters:
         if bucket and sum(map(Tensor.numel, bucket)) + parameter.numel() > BUCKET:
