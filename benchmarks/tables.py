@@ -1,13 +1,21 @@
-"""Print the committed results as the Markdown tables of benchmarks/README.md.
+"""Print the committed results as the Markdown tables of benchmarks/README.md, and the comparison's of README.md.
 
 python benchmarks/tables.py
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from antidiffusion.report.estimates import PRIMARY, per_item, sound, unpurified
+from antidiffusion.report.rows import CLEAN, CONTROL, Row, read_rows
+from antidiffusion.report.tables import ranking
+
 RESULTS = Path(__file__).parent / "results"
+LEADING = ("anti-diffusion", "anti-diffusion, quick", "aspl", "simac", "fsmg", "advdm", "official", CONTROL, CLEAN)
+TIMED = "p01"  # the person for whose photos the comparison states the seconds
 
 
 def read(name: str) -> Any:
@@ -17,6 +25,50 @@ def read(name: str) -> Any:
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def mean(rows: Iterable[Row], metric: str, digits: int = 3) -> str:
+    values = per_item(rows, metric)
+    return f"{fmean(values.values()):.{digits}f}" if values else "1"  # the clean picture's edit agrees with itself
+
+
+def comparison() -> str:
+    """README.md's: the recipes by rank, without rows whose attack fails on the clean picture."""
+    rows = read_rows(RESULTS / "default" / "rows.jsonl")
+    attacks = ("diffedit", "inpaint", "masactrl", "sdedit", "dreambooth", "lora")
+    lines = []
+    for name, rank in ((line[0].text, line[1].text) for line in ranking(rows)[0].lines):
+        own = [row for row in rows if row.recipe == name]
+        groups = [[row for row in sound(unpurified(own)) if row.attack == attack] for attack in attacks]
+        published = [row for row in own if row.kind == "protection"]
+        portraits = [row for row in published if row.dataset == "defense-edit-synth"]
+        timed = [row for row in published if row.item == TIMED]
+        figures = [mean(group, PRIMARY[group[0].kind]) for group in groups]
+        lines.append([name, rank, *figures, mean(portraits, "psnr", 1), mean(timed, "seconds", 0)])
+    return table(["recipe", "mean rank, 95 % interval", *attacks, "PSNR", "s"], lines)
+
+
+def transfer() -> str:
+    """Means over all items, also those whose attack fails on the clean picture."""
+    rows = unpurified(read_rows(RESULTS / "transfer" / "rows.jsonl"))
+    pairs = [
+        (attack, who) for attack in ("diffedit", "inpaint", "masactrl", "dreambooth") for who in ("mini", "second")
+    ]
+    lines = []
+    for name in LEADING:
+        own = [[row for row in rows if (row.recipe, row.attack, row.attacker) == (name, *pair)] for pair in pairs]
+        lines.append([name, *(mean(group, PRIMARY[group[0].kind]) for group in own)])
+    return table(["recipe", *(f"{attack} by {who}" for attack, who in pairs)], lines)
+
+
+def half_clean() -> str:
+    rows = read_rows(RESULTS / "half_clean" / "rows.jsonl")
+    settings = ("all protected", "half clean")
+    lines = [
+        [name, *(mean([r for r in rows if (r.recipe, r.setting) == (name, one)], "likeness") for one in settings)]
+        for name in LEADING
+    ]
+    return table(["recipe", *settings], lines)
 
 
 def flops() -> str:
@@ -53,6 +105,5 @@ def mini() -> str:
 
 
 if __name__ == "__main__":
-    for name, make in {"flops": flops, "memory": memory, "mini": mini}.items():
-        if (RESULTS / f"{name}.json").exists():
-            print(f"### {name}\n\n{make()}")
+    for make in (comparison, transfer, half_clean, flops, memory, mini):
+        print(f"### {make.__name__}\n\n{make()}")
