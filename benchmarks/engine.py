@@ -1,8 +1,8 @@
 """What the engine costs beside a plain implementation of the released procedure, how cost grows, and where it goes.
 
-    python benchmarks/engine.py compare [mini] [sd21]    # ours and reference_official.py, same machine and weights
-    python benchmarks/engine.py growth                   # pictures, sides, steps, start-up; needs .[plots]
-    python benchmarks/engine.py profile [mini] [sd21]    # torch.profiler's operators of the default recipe
+    python benchmarks/engine.py compare [mini] [2.1]    # ours and reference_official.py, same machine and weights
+    python benchmarks/engine.py growth                  # pictures, sides, steps, start-up; needs .[plots]
+    python benchmarks/engine.py profile [mini] [2.1]    # torch.profiler's operators of the default recipe
 
 Every run is a process of its own, since a process's peak never falls. Results go to results/engine.json; run it on an
 idle machine.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULT, PLOT = HERE / "results" / "engine.json", HERE.parent / "docs" / "growth.png"
 PORTRAIT = HERE / "portraits" / "02-01.png"
-MODELS = {"mini": 128, "sd21": 512}
-"""What `compare` runs on and the side in pixels: the whole schedule on the embedded model, and Stable Diffusion 2.1's
-shape with a quarter of its channels and random weights, at a tenth of the schedule."""
-DIVISOR, SHORT = 4, {"rounds": 1, "steps": 3, "prompt_steps": 9, "tuning_steps": 5}
-REFERENCE, RUNS = "released, plain", ("official", "anti-diffusion", "quick")
+MODELS = ("mini", "2.1")
+"""What `compare` runs on: the whole schedule on the embedded model, and Stable Diffusion 2.1's shape with half of its
+channels and random weights at a tenth of the schedule, stage by stage."""
+DIVISOR, REFERENCE = 2, "released, plain"
+TENTHS: dict[str, dict[str, int]] = {
+    "official": {"rounds": 1, "steps": 3, "prompt_steps": 15, "tuning_steps": 10},
+    "anti-diffusion": {"rounds": 1, "steps": 6, "prompt_steps": 5, "tuning_steps": 6},
+    "quick": {"steps": 3, "prompt_steps": 2},
+}
 PICTURES, SIDES, STEPS = (1, 4, 16, 64), (128, 256, 512), (10, 20, 40, 80)
 PIXELS = (256, 512, 1024, 2048)
 REPEATS = 3
@@ -51,20 +55,15 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_mb": round(peak()), "working_mb": round(peak() - before)}
 
 
-def prepared(model: str) -> tuple[Any, Any]:
+def prepared(model: str, divisor: int) -> tuple[Any, Any]:
     """Return the surrogate and the portrait's pixels at its size."""
-    import sd21
+    import shapes
 
     from antidiffusion import Picture, Surrogate
 
-    times = MODELS[model] // 128
-    surrogate = Surrogate.from_pretrained("mini") if model == "mini" else sd21.build("cpu", divisor=DIVISOR)
+    surrogate = Surrogate.from_pretrained("mini") if model == "mini" else shapes.build(model, "cpu", divisor=divisor)
+    times = surrogate.size // 128
     return surrogate, Picture.read(PORTRAIT).pixels.repeat(times, 0).repeat(times, 1)
-
-
-def shortened(recipe: Any) -> Any:
-    """Cut a recipe to a tenth of its schedule, or less if it has less."""
-    return replace(recipe, **{key: min(value, getattr(recipe, key)) for key, value in SHORT.items()})
 
 
 def compared(model: str, name: str) -> dict[str, float]:
@@ -72,20 +71,22 @@ def compared(model: str, name: str) -> dict[str, float]:
     import reference_official
     import torch
 
+    from antidiffusion.allocator import keep_freed_memory
     from antidiffusion.recipes import PRESETS, RECIPES
     from antidiffusion.resolution import Canvas
 
-    surrogate, pixels = prepared(model)
-    schedule = {} if model == "mini" else SHORT
+    if name != REFERENCE:
+        keep_freed_memory()  # as the command does
+    surrogate, pixels = prepared(model, DIVISOR)
+    schedule = {} if model == "mini" else TENTHS["official" if name == REFERENCE else name]
     if name == REFERENCE:
         for module in surrogate.modules:
             module.to(memory_format=torch.contiguous_format)  # as a plain implementation has them
         parts = (surrogate.vae, surrogate.unet, surrogate.text_encoders[0], surrogate.tokenizers[0])
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         return timed(lambda: reference_official.protect_official(*parts, surrogate.scheduler, image, **schedule))
-    recipe: Any = PRESETS.get(name) or RECIPES[name]
-    if model != "mini":
-        recipe = shortened(recipe)
+    chosen: Any = PRESETS.get(name) or RECIPES[name]
+    recipe = replace(chosen, **schedule)
     canvas = Canvas(pixels, pixels.shape[:2])
     return timed(lambda: recipe([canvas], surrogate, torch.Generator().manual_seed(0), lambda *_: None))
 
@@ -93,8 +94,10 @@ def compared(model: str, name: str) -> dict[str, float]:
 def grown(pictures: int, pixels: int, side: int, steps: int) -> dict[str, float]:
     """Run the default recipe's ascent on several pictures of one size together, in this process."""
     from antidiffusion import Picture, Surrogate, protect
+    from antidiffusion.allocator import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
 
+    keep_freed_memory()
     surrogate = Surrogate.from_pretrained("mini")
     whole = Picture.read(PORTRAIT).pixels.repeat(pixels // 128, 0).repeat(pixels // 128, 1)
     recipe = AntiDiffusion(rounds=0, steps=steps, prompt_steps=steps // 2, tuning_steps=0)
@@ -103,14 +106,21 @@ def grown(pictures: int, pixels: int, side: int, steps: int) -> dict[str, float]
 
 
 def profiled(model: str) -> dict[str, Any]:
-    """Return the shares of the operators' own time in a third of the default recipe, less what is under 1 %."""
+    """Return the shares of the operators' own time in the default recipe, less what is under 1 %.
+
+    A third of the schedule on the embedded model; at Stable Diffusion's shape, all its channels, one step of each stage
+    but two of ascent.
+    """
     import torch
 
+    from antidiffusion.allocator import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
     from antidiffusion.resolution import Canvas
 
-    surrogate, pixels = prepared(model)
-    recipe = replace(AntiDiffusion(), rounds=1, steps=20) if model == "mini" else shortened(AntiDiffusion())
+    keep_freed_memory()
+    surrogate, pixels = prepared(model, 1)
+    once = {"rounds": 1, "steps": 1, "prompt_steps": 1, "tuning_steps": 1}
+    recipe = replace(AntiDiffusion(), **({"rounds": 1, "steps": 20} if model == "mini" else once))
 
     def run() -> None:
         canvas = Canvas(pixels, pixels.shape[:2])
@@ -135,10 +145,10 @@ def fresh(*arguments: Any) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def compare(models: list[str]) -> dict[str, Any]:
+def compare(models: Sequence[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for model in models:
-        for name in (REFERENCE, *RUNS):
+        for name in (REFERENCE, *TENTHS):
             row = fresh("compare", model, name)
             first = rows.setdefault(model, {}).setdefault(REFERENCE, row)
             ratios = {f"{key} / reference": round(row[key] / first[key], 3) for key in row}
@@ -202,7 +212,7 @@ def main() -> None:
 
     from antidiffusion.protection import versions
 
-    models = options.arguments or list(MODELS)
+    models = options.arguments or MODELS
     run = {
         "compare": lambda: compare(models),
         "growth": growth,

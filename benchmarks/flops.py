@@ -1,10 +1,11 @@
 """Count the floating-point operations per picture of our default recipe and of the released code: flops.json.
 
 Every stage's single step runs on the meta device through the code that protects pictures, at Stable Diffusion
-2.1-base's shape and 512 pixels, and is multiplied by the recipe's number of steps. FlopCounterMode counts two
-operations per multiply-add, of convolutions and matrix products only. On the meta device fused attention decomposes to
-two matrix products forward and four backward, the count of naive attention; this is checked below. A real fused kernel
-computes the scores once more in the backward pass, which no count here contains.
+2.1-base's shape and 512 pixels, and is multiplied by the recipe's number of steps; ours also at the shapes of 1.5 and,
+with 1024 pixels, of XL. FlopCounterMode counts two operations per multiply-add, of convolutions and matrix products
+only. On the meta device fused attention decomposes to two matrix products forward and four backward, the count of naive
+attention; this is checked below. A real fused kernel computes the scores once more in the backward pass, which no count
+here contains.
 
     python benchmarks/flops.py
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import reference_official as released
-import sd21
+import shapes
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
@@ -38,7 +39,7 @@ from antidiffusion.recipes import (
     posteriors,
 )
 from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.surrogate import Surrogate
 from antidiffusion.tune import denoising, tunable
 
 ENCODING, BALANCED = "encoding", "perturbation that balances"
@@ -69,9 +70,10 @@ def check_attention() -> None:
 def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusion) -> dict[str, float]:
     """Return the TFLOP of one step of every stage, through the recipe's own code."""
     generator = torch.Generator().manual_seed(0)
-    groups = [[Canvas(np.zeros((sd21.SIDE, sd21.SIDE, 3), np.uint8), (sd21.SIDE, sd21.SIDE), "meta")]]
+    side = surrogate.size
+    groups = [[Canvas(np.zeros((side, side, 3), np.uint8), (side, side), "meta")]]
     x = groups[0][0].view()
-    embedding = Embedding(torch.zeros(1, sd21.TOKENS, sd21.WIDTH, device="meta"))
+    embedding = surrogate.embed([""])
     official = isinstance(recipe, OfficialAntiDiffusion)
     objective: Any = (
         Official(surrogate, embedding, recipe.sdl_weight)
@@ -135,9 +137,9 @@ def released_steps(surrogate: Surrogate) -> dict[str, float]:
     for module in (vae, unet):
         module.requires_grad_(True)
     unet.set_attn_processor(AttnProcessor())
-    image = torch.zeros(1, 3, sd21.SIDE, sd21.SIDE, device="meta")
-    latents = torch.zeros(1, 4, sd21.SIDE // 8, sd21.SIDE // 8, device="meta")
-    embedding = torch.zeros(1, sd21.TOKENS, sd21.WIDTH, device="meta")
+    image = torch.zeros(1, 3, surrogate.size, surrogate.size, device="meta")
+    latents = torch.zeros(1, 4, surrogate.size // 8, surrogate.size // 8, device="meta")
+    embedding = surrogate.embed([""]).tokens
     prompt = embedding.clone().requires_grad_()
     nothing = torch.optim.SGD([prompt], lr=0)
     with torch.no_grad():
@@ -172,8 +174,8 @@ def main() -> None:
         **{f"anti-diffusion, quick, {steps} steps": replace(PRESETS["quick"], steps=steps) for steps in (12, 50)},
         "official, our code": official,
     }.items():
-        rows[name] = row(our_steps(sd21.build(), recipe), counts(recipe))
-    base = released_steps(sd21.build())
+        rows[name] = row(our_steps(shapes.build(), recipe), counts(recipe))
+    base = released_steps(shapes.build())
     rounds = official.rounds
     times = {
         PROMPT: official.prompt_steps * (1 + rounds),  # the last of them is not used
@@ -186,6 +188,11 @@ def main() -> None:
     rows["released code, unused prompt tuning left out"] = row(base, needed)
     for values in rows.values():
         values["released_over_this"] = round(rows["released code"]["tflop"] / values["tflop"], 3)
+    others = {
+        f"{shapes.SHAPES[version].name}, {name}": row(our_steps(shapes.build(version), recipe), counts(recipe))
+        for version in ("1.5", "xl")
+        for name, recipe in (("anti-diffusion", default), ("quick", PRESETS["quick"]))
+    }
     path = Path(__file__).parent / "results" / "flops.json"
     path.write_text(
         json.dumps(
@@ -194,12 +201,13 @@ def main() -> None:
                 "convention": "2 operations per multiply-add; convolutions and matrix products only",
                 "torch": torch.__version__,
                 "rows": rows,
+                "other models, 512 x 512 and 1024 x 1024": others,
             },
             indent=2,
         )
         + "\n"
     )
-    for name, values in rows.items():
+    for name, values in (rows | others).items():
         print(f"{values['tflop']:8.1f} TFLOP  {name}  {values['tflop_per_step']}")
 
 

@@ -1,10 +1,10 @@
-"""Measure peak memory and seconds per step of every stage at Stable Diffusion 2.1-base's shape: memory.json.
+"""Measure peak memory and seconds per step of every stage at Stable Diffusion's shapes: memory.json.
 
 Weights are random and built directly in the asked dtype. The text encoder has its real size, since a run loads it: it
 is used once and stays in memory. Each configuration runs in a fresh process with one step of every stage. The stages
 run in the order of the recipe and a process's peak never falls, so a stage's figure is the peak up to its end.
 
-    python benchmarks/memory.py --dtype bfloat16 --tuning lora [--low-memory] [--width-divisor 4]
+    python benchmarks/memory.py --model xl --dtype bfloat16 --tuning lora [--low-memory] [--width-divisor 4]
 """
 
 import argparse
@@ -35,23 +35,27 @@ def resident() -> float:
     return round(int(path.read_text().split()[1]) * resource.getpagesize() / GIB, 2) if path.exists() else 0.0
 
 
-def measure(dtype: str, tuning: str, low_memory: bool, divisor: int, threads: int) -> dict[str, Any]:
+def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int, threads: int) -> dict[str, Any]:
     """Run one step of every stage of AntiDiffusion in this process and return the row."""
     import numpy as np
-    import sd21
+    import shapes
     import torch
 
+    from antidiffusion.allocator import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
     from antidiffusion.resolution import Canvas
 
+    if not low_memory:
+        keep_freed_memory()  # as the command does
     torch.set_num_threads(threads)
     imports = peak()
     started = time.perf_counter()
-    surrogate = sd21.build("cpu", getattr(torch, dtype), divisor)
+    surrogate = shapes.build(model, "cpu", getattr(torch, dtype), divisor)
+    side = surrogate.size
     weights = sum(p.numel() * p.element_size() for module in surrogate.modules for p in module.parameters())
     built = {"seconds": round(time.perf_counter() - started, 1), "peak_gib": peak(), "resident_gib": resident()}
     stages: dict[str, Any] = {"imports": {"peak_gib": imports}, "weights": built}
-    pixels = np.random.default_rng(0).integers(0, 256, (sd21.SIDE, sd21.SIDE, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     recipe = AntiDiffusion(rounds=1, steps=1, prompt_steps=1, tuning_steps=1, tuning=tuning, low_memory=low_memory)
     started = time.perf_counter()
 
@@ -63,9 +67,10 @@ def measure(dtype: str, tuning: str, low_memory: bool, divisor: int, threads: in
         print(f"{name:20} {stages[name]}", file=sys.stderr, flush=True)
         started = time.perf_counter()
 
-    canvas = Canvas(pixels, (sd21.SIDE, sd21.SIDE))
+    canvas = Canvas(pixels, (side, side))
     recipe([canvas], surrogate, torch.Generator().manual_seed(0), progress)
     return {
+        "model": model,
         "dtype": dtype,
         "tuning": tuning,
         "low_memory": low_memory,
@@ -82,7 +87,7 @@ def measure(dtype: str, tuning: str, low_memory: bool, divisor: int, threads: in
 
 def save(row: dict[str, Any]) -> None:
     """Put the row into the results, in place of an earlier one of the same configuration."""
-    keys = ("dtype", "tuning", "low_memory", "width_divisor")
+    keys = ("model", "dtype", "tuning", "low_memory", "width_divisor")
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     rows = [old for old in rows if any(old[key] != row[key] for key in keys)] + [row]
     rows.sort(key=lambda old: [str(old[key]) for key in keys])
@@ -91,6 +96,7 @@ def save(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["1.5", "2.1", "xl"], default="2.1", help="version of Stable Diffusion")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
     parser.add_argument("--low-memory", action="store_true")
@@ -101,7 +107,14 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        row = measure(options.dtype, options.tuning, options.low_memory, options.width_divisor, options.threads)
+        row = measure(
+            options.model,
+            options.dtype,
+            options.tuning,
+            options.low_memory,
+            options.width_divisor,
+            options.threads,
+        )
         print(json.dumps(row))
         return
     command = [sys.executable, __file__, *sys.argv[1:], "--here"]

@@ -24,7 +24,7 @@ from antidiffusion.protection import versions
 from antidiffusion.sampling import sample
 
 HERE = Path(__file__).parent
-COUNT, BATCH = 64, 16
+COUNT, BATCH = 256, 16
 
 
 def main() -> None:

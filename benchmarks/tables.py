@@ -15,6 +15,8 @@ from antidiffusion.report.tables import ranking
 
 RESULTS = Path(__file__).parent / "results"
 LEADING = ("anti-diffusion", "anti-diffusion, quick", "aspl", "simac", "fsmg", "advdm", "official", CONTROL, CLEAN)
+EDITS = ("diffedit", "inpaint", "masactrl", "sdedit")
+RANK = "mean rank, 95 % interval"
 TIMED = "p01"  # the person for whose photos the comparison states the seconds
 
 
@@ -32,20 +34,37 @@ def mean(rows: Iterable[Row], metric: str, digits: int = 3) -> str:
     return f"{fmean(values.values()):.{digits}f}" if values else "1"  # the clean picture's edit agrees with itself
 
 
-def comparison() -> str:
-    """README.md's: the recipes by rank, without rows whose attack fails on the clean picture."""
-    rows = read_rows(RESULTS / "default" / "rows.jsonl")
-    attacks = ("diffedit", "inpaint", "masactrl", "sdedit", "dreambooth", "lora")
-    lines = []
+def ranked(rows: list[Row], attacks: Iterable[str]) -> list[tuple[list[Row], list[str]]]:
+    """Return, of every recipe by rank, its rows, and its name, mean rank and figures without failing attacks."""
+    found = []
     for name, rank in ((line[0].text, line[1].text) for line in ranking(rows)[0].lines):
         own = [row for row in rows if row.recipe == name]
         groups = [[row for row in sound(unpurified(own)) if row.attack == attack] for attack in attacks]
+        found.append((own, [name, rank, *(mean(group, PRIMARY[group[0].kind]) for group in groups)]))
+    return found
+
+
+def comparison() -> str:
+    """README.md's."""
+    attacks = (*EDITS, "dreambooth", "lora")
+    lines = []
+    for own, line in ranked(read_rows(RESULTS / "default" / "rows.jsonl"), attacks):
         published = [row for row in own if row.kind == "protection"]
         portraits = [row for row in published if row.dataset == "defense-edit-synth"]
         timed = [row for row in published if row.item == TIMED]
-        figures = [mean(group, PRIMARY[group[0].kind]) for group in groups]
-        lines.append([name, rank, *figures, mean(portraits, "psnr", 1), mean(timed, "seconds", 0)])
-    return table(["recipe", "mean rank, 95 % interval", *attacks, "PSNR", "s"], lines)
+        lines.append([*line, mean(portraits, "psnr", 1), mean(timed, "seconds", 0)])
+    return table(["recipe", RANK, *attacks, "PSNR", "s"], lines)
+
+
+def replication() -> str:
+    """Other pictures, people and seed; last, DreamBooth over the people of both runs."""
+    rows, attacks = read_rows(RESULTS / "replication" / "rows.jsonl"), (*EDITS, "dreambooth")
+    first = [row for row in read_rows(RESULTS / "default" / "rows.jsonl") if row.attack == "dreambooth"]
+    lines = []
+    for own, line in ranked(rows, attacks):
+        both = [row for row in (*first, *own) if row.attack == "dreambooth" and row.recipe == line[0]]
+        lines.append([*line, mean(both, "likeness")])
+    return table(["recipe", RANK, *attacks, "dreambooth, both runs"], lines)
 
 
 def transfer() -> str:
@@ -105,5 +124,5 @@ def mini() -> str:
 
 
 if __name__ == "__main__":
-    for make in (comparison, transfer, half_clean, flops, memory, mini):
+    for make in (comparison, replication, transfer, half_clean, flops, memory, mini):
         print(f"### {make.__name__}\n\n{make()}")

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -155,6 +156,21 @@ def test_denoising_means_over_pictures_not_groups(tiny: Surrogate) -> None:
     for group in (z[:1], z[1:]):
         parts.append(tiny.denoising_loss(group, *tiny.draw(group, generator), embedding))
     torch.testing.assert_close(value, torch.cat(parts).mean())
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_denoising_keeps_the_activations_of_one_batch_only(tiny: Surrogate, batches: int) -> None:
+    embedding = tiny.embed([""])
+    embedding.tokens.requires_grad_()
+    loss = denoising(tiny, [constant(random_latents()) for _ in range(batches)], embedding)
+    kept: list[weakref.ref[Tensor]] = []
+    norm = tiny.unet.conv_norm_out  # whose backward pass needs its input
+    with norm.register_forward_pre_hook(lambda module, inputs: kept.append(weakref.ref(inputs[0]))):
+        value = loss(Generator().manual_seed(0))
+        alive = [tensor() is not None for tensor in kept]
+        value.backward()
+    assert alive == ([True] if batches == 1 else [False] * batches)
+    assert embedding.tokens.grad.abs().sum() > 0
 
 
 def test_prompt_tuning_lowers_the_denoising_loss(mini: Surrogate, pixels) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from antidiffusion.surrogate import Embedding, Posterior, Surrogate, saved
 
@@ -122,14 +123,20 @@ def drawn(posterior: Posterior, count: int) -> Sampler:
 
 
 def denoising(surrogate: Surrogate, samplers: Sequence[Sampler], embedding: Embedding) -> Loss:
-    """Return the mean L_ldm over pictures whose latents come from samplers, one for each size of latent."""
+    """Return the mean L_ldm over pictures whose latents come from samplers, one for each batch of alike latents.
+
+    The activations of one batch are alive at a time: with several, each batch's are computed anew in the backward pass.
+    """
+
+    def one(z: Tensor, n: Tensor, t: Tensor) -> Tensor:
+        return surrogate.denoising_loss(z, n, t, embedding)
 
     def loss(generator: Generator) -> Tensor:
         losses = []
         for sampler in samplers:
             z = sampler(generator)
             n, t = surrogate.draw(z, generator)
-            losses.append(surrogate.denoising_loss(z, n, t, embedding))
+            losses.append(one(z, n, t) if len(samplers) == 1 else checkpoint(one, z, n, t, use_reentrant=False))
         return torch.cat(losses).mean()
 
     return loss

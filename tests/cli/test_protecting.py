@@ -18,6 +18,7 @@ import torch
 from command_line import PROGRAM, QUIET, Run, cli, draw
 from PIL import Image
 
+import antidiffusion.allocator
 import antidiffusion.batch
 import antidiffusion.cli
 import antidiffusion.protection
@@ -71,6 +72,18 @@ def test_json(loaded: Path) -> None:
         assert json.loads(path.with_name(f"{path.name}.json").read_text()) == record
         assert record["seed"] == 5
     assert len(records) == 2
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], 1), (["--low-memory"], 0)])
+def test_freed_memory_is_kept_unless_memory_is_low(
+    here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch, options: list[str], kept: int
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(antidiffusion.allocator, "keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(Surrogate, "from_pretrained", lambda *names, **others: tiny)
+    monkeypatch.setattr(AntiDiffusion, "__call__", lambda *parts: Trace(0, lambda *_: None))
+    assert cli("protect", "photos/a.png", *options).code == 0
+    assert len(calls) == kept
 
 
 def test_the_note_about_mini(loaded: Path) -> None:

@@ -79,7 +79,7 @@ def edit(
         if (mask is not None) != (method == "inpaint"):
             raise ValueError("expected --mask with inpaint and with no other method; give it or leave it out")
         original = Picture.read(picture)
-        surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype, low_memory=low_memory)
         region = None if mask is None else fitted_mask(Picture.read(mask), original, surrogate)
         with _offloaded(surrogate, low_memory), _reporting(f"editing with {method}") as progress:
             request = Prompts(prompt, source_prompt, region)
@@ -146,7 +146,7 @@ def attack(
         originals = [Picture.read(file) for file in files]
         if save is not None:
             expect_new(save, overwrite=overwrite)
-        surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype, low_memory=low_memory)
         x = torch.cat([squared(original, surrogate) for original in originals])
         with (
             _offloaded(surrogate, low_memory),
@@ -178,13 +178,22 @@ def _reporting(name: str) -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _prepare(output: Path, overwrite: bool, model: str, config: str | None, device: str, dtype: DType) -> Any:
+def _prepare(
+    output: Path,
+    overwrite: bool,
+    model: str,
+    config: str | None,
+    device: str,
+    dtype: DType,
+    *,
+    low_memory: bool = False,
+) -> Any:
     """Check that the output can be written before the work begins, then load the model."""
     from antidiffusion.batch import expect_new, lossless, make_writable
 
     expect_new(lossless(output), overwrite=overwrite)
     make_writable(output.parent)
-    return shared.load_surrogate(model, config, device, dtype)
+    return shared.load_surrogate(model, config, device, dtype, low_memory=low_memory)
 
 
 def _write(x: Any, output: Path, overwrite: bool) -> None:

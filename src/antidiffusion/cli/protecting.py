@@ -82,7 +82,7 @@ def protect(
         jobs = plan(inputs, output)
         if dtype is DType.auto and (recipe == "official" or tuning is Tuning.full):
             dtype = DType.float32  # steps of 5e-7 vanish in half precision
-        surrogate = shared.load_surrogate(model, model_config, device, dtype)
+        surrogate = shared.load_surrogate(model, model_config, device, dtype, low_memory=low_memory)
         if dry_run:
             print(_forecast(jobs, chosen, surrogate, together, side, format_))
             return

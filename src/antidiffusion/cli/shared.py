@@ -97,13 +97,18 @@ def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:
     return replace(method, **{fields[option]: value for option, value in given.items()})
 
 
-def load_surrogate(model: str, config: str | None, device: str, dtype: DType) -> Any:
+def load_surrogate(
+    model: str, config: str | None, device: str, dtype: DType, *, low_memory: bool = False
+) -> Any:
     import diffusers
     import torch
     import transformers
 
+    from antidiffusion.allocator import keep_freed_memory
     from antidiffusion.surrogate import Surrogate
 
+    if not low_memory:
+        keep_freed_memory()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -1,0 +1,135 @@
+"""Stable Diffusion's architectures, without their weights: what the cost benchmarks run on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from antidiffusion.surrogate import Surrogate
+
+TOKENS = 77
+
+VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+VIT_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+UNET: dict[str, Any] = {"layers_per_block": 2, "block_out_channels": (320, 640, 1280, 1280)}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One version of Stable Diffusion.
+
+    Arguments:
+        name: As the results name it.
+        side: Of the square that it was trained on, in pixels.
+        texts: Configuration of each text encoder; the second of two has a projection.
+        unet: What differs from the other versions.
+    """
+
+    name: str
+    side: int
+    texts: tuple[dict[str, int], ...]
+    unet: dict[str, Any] = field(default_factory=dict)
+
+
+SHAPES = {
+    "1.5": Shape("Stable Diffusion 1.5", 512, (VIT_L,), {"attention_head_dim": (8,) * 4, "cross_attention_dim": 768}),
+    "2.1": Shape(
+        "Stable Diffusion 2.1-base",
+        512,
+        (VIT_H,),
+        {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
+    ),
+    "xl": Shape(
+        "Stable Diffusion XL",
+        1024,
+        (VIT_L, VIT_BIG_G),
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+        },
+    ),
+}
+
+
+def divided(config: dict[str, Any], divisor: int) -> dict[str, Any]:
+    """Return a configuration whose channels are `divisor` (a power of two) times fewer."""
+    result = dict(config)
+    result["norm_num_groups"] = 32 // divisor
+    result["block_out_channels"] = tuple(width // divisor for width in config["block_out_channels"])
+    if "attention_head_dim" in config:
+        result["attention_head_dim"] = tuple(max(1, heads // divisor) for heads in config["attention_head_dim"])
+    return result
+
+
+class Ids:
+    """Stands in for CLIP's tokenizer, whose vocabulary is part of the weights: every prompt fills the window."""
+
+    model_max_length = TOKENS
+    input_ids: torch.Tensor
+
+    def __call__(self, prompts: list[str], add_special_tokens: bool = True, **options: Any) -> "Ids":
+        self.input_ids = torch.zeros(len(prompts), TOKENS if add_special_tokens else TOKENS - 2, dtype=torch.int64)
+        return self
+
+
+def build(
+    version: str = "2.1", device: str = "meta", dtype: torch.dtype = torch.float32, divisor: int = 1
+) -> Surrogate:
+    """Build the surrogate with random weights, directly in `dtype` so that building needs no more than the weights.
+
+    Arguments:
+        version: A key of `SHAPES`.
+        device: "meta" for shapes only.
+        dtype: Of every weight.
+        divisor: UNet and autoencoder have this many times fewer channels, for a quick try.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    shape = SHAPES[version]
+    with torch.device("meta"):
+        vae = AutoencoderKL(**divided(VAE | {"sample_size": shape.side}, divisor))
+        unet = UNet2DConditionModel(**divided(UNET | shape.unet | {"sample_size": shape.side // 8}, divisor))
+        encoders = [
+            kind(CLIPTextConfig(**config, max_position_embeddings=TOKENS, projection_dim=config["hidden_size"]))
+            for kind, config in zip((CLIPTextModel, CLIPTextModelWithProjection), shape.texts, strict=False)
+        ]
+    for module in (vae, unet, *encoders):
+        module.to(dtype)
+        if device != "meta":
+            module.to_empty(device=device)
+            fill(module)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    tokenizers = [Ids() for _ in encoders]
+    return Surrogate(f"{shape.name} shape", vae, unet, encoders, tokenizers, scheduler, shape.side).to(device)
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> None:
+    """Fill weights with values that keep activations finite: norms pass, everything else is small and random."""
+    for name, weight in module.named_parameters():
+        if weight.ndim < 2:
+            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            weight.uniform_(-1, 1).mul_((3 / weight[0].numel()) ** 0.5)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(
+            torch.arange(buffer.numel()).view_as(buffer) if "position_ids" in name else torch.zeros_like(buffer)
+        )
