@@ -91,21 +91,20 @@ def half_clean() -> str:
 
 
 def flops() -> str:
-    rows = [
-        [name, f"{row['tflop']:.1f}", f"{row['released_over_this']:.2f}"] for name, row in read("flops")["rows"].items()
-    ]
+    counted = read("flops")
+    rows = [[name, f"{row['tflop']:.1f}", f"{row['released_over_this']:.2f}"] for name, row in counted["rows"].items()]
+    others = counted["other models, 512 x 512 and 1024 x 1024"]
+    rows += [[name, f"{row['tflop']:.1f}", ""] for name, row in others.items()]
     return table(["recipe, SD 2.1-base at 512 px", "TFLOP", "released code / this"], rows)
 
 
 def memory() -> str:
     rows = []
     for row in read("memory"):
-        stages = {name: stage.get("seconds") for name, stage in row["stages"].items() if "seconds" in stage}
-        seconds = ", ".join(f"{name} {value:.0f} s" for name, value in stages.items() if name != "weights")
         lean = "yes" if row["low_memory"] else "no"
-        peak = f"{row['peak_gib'] * 2**30 / 1e9:.1f} GB"
-        rows.append([row["dtype"], row["tuning"], lean, str(row["width_divisor"]), peak, seconds])
-    return table(["dtype", "tuning", "--low-memory", "width /", "peak", "one step of each stage"], rows)
+        weights, peak = (f"{row[key] * 2**30 / 1e9:.1f} GB" for key in ("weights_gib", "peak_gib"))
+        rows.append([row["model"], row["dtype"], row["tuning"], lean, weights, peak])
+    return table(["Stable Diffusion", "dtype", "tuning", "--low-memory", "weights", "peak"], rows)
 
 
 def mini() -> str:

@@ -225,7 +225,7 @@ def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path
 def unused(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`here`, and no model may be loaded: the mistake must be found before."""
 
-    def refuse(*options: object) -> None:
+    def refuse(*options: object, **named: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", refuse)

@@ -288,7 +288,7 @@ def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int, fil
 
 def test_a_setting_that_the_model_refuses(loaded: Path, monkeypatch: pytest.MonkeyPatch, sd15: Any) -> None:
     half = Surrogate.from_pretrained(str(sd15.folder), dtype=torch.bfloat16)
-    monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda *options: half)
+    monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda *options, **named: half)
     run = cli("protect", "photos/a.png", "--tuning", "full", "--steps", "1", "--rounds", "1")
     assert run.code == 1
     assert "failed: photos/a.png: expected float32 weights for full tuning, got torch.bfloat16; use float32" in run.err
@@ -392,7 +392,7 @@ def test_interrupted(loaded: Path, monkeypatch: pytest.MonkeyPatch, together: li
 
 
 def test_interrupted_while_loading(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*options: object) -> None:
+    def interrupted(*options: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", interrupted)
@@ -435,7 +435,7 @@ def test_a_closed_pipe(loaded: Path) -> None:
     code = f"""
 import antidiffusion.batch as batch, antidiffusion.cli as cli
 from pathlib import Path
-cli.shared.load_surrogate = lambda *options: None
+cli.shared.load_surrogate = lambda *options, **named: None
 cli.protecting.summary = lambda path, card: path
 batch.run = lambda jobs, *_, **__: [batch.Outcome(job, card={{}}) for job in jobs]
 import sys; sys.argv[1:] = {["protect", "photos"]!r}
