@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py IDS [--model mini] [--out benchmarks/results/quality.json] [--sheet docs/samples.png]
 
-IDS are held-out identities (`python -m portraits identities ASSETS IDS --count 60`); their captions are the prompts. Attributes are judged by the package's
-classifier, faces by dlib.
+IDS are held-out identities (`python -m portraits identities ASSETS IDS --count 60`); their captions are the prompts.
+Attributes are judged by the package's classifier, faces by dlib.
 """
 
 import argparse

@@ -97,9 +97,7 @@ def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:
     return replace(method, **{fields[option]: value for option, value in given.items()})
 
 
-def load_surrogate(
-    model: str, config: str | None, device: str, dtype: DType, *, low_memory: bool = False
-) -> Any:
+def load_surrogate(model: str, config: str | None, device: str, dtype: DType, *, low_memory: bool = False) -> Any:
     import diffusers
     import torch
     import transformers
