@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Let this process reuse freed memory instead of giving it back to the system, until it ends.
 
     A step allocates and frees hundreds of tensors of many megabytes. glibc maps each anew, and the system fills its
-    pages with zeros as they are touched, which takes longer than adding two tensors: a run takes 8 to 10 % longer. Kept
-    memory gets fragmented, which costs a sixth of the peak where activations are recomputed, and nothing elsewhere: not
+    pages with zeros as they are touched, which takes longer than adding two tensors (benchmarks/README.md has figures).
+    Kept memory gets fragmented, which costs a sixth of the peak where activations are recomputed, and nothing elsewhere: not
     for low memory. A library should leave the choice to its caller; the command line makes it.
 
     Returns:
