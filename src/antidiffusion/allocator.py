@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
 
     A step allocates and frees hundreds of tensors of many megabytes. glibc maps each anew, and the system fills its
     pages with zeros as they are touched, which takes longer than adding two tensors (benchmarks/README.md has figures).
-    Kept memory gets fragmented, which costs a sixth of the peak where activations are recomputed, and nothing elsewhere: not
-    for low memory. A library should leave the choice to its caller; the command line makes it.
+    Kept memory gets fragmented, which costs a sixth of the peak where activations are recomputed, and nothing
+    elsewhere: not for low memory. A library should leave the choice to its caller; the command line makes it.
 
     Returns:
         Whether the allocator took it; False where it is not glibc's.
