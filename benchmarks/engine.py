@@ -71,7 +71,7 @@ def compared(model: str, name: str) -> dict[str, float]:
     import reference_official
     import torch
 
-    from antidiffusion.allocator import keep_freed_memory
+    from antidiffusion.process import keep_freed_memory
     from antidiffusion.recipes import PRESETS, RECIPES
     from antidiffusion.resolution import Canvas
 
@@ -94,7 +94,7 @@ def compared(model: str, name: str) -> dict[str, float]:
 def grown(pictures: int, pixels: int, side: int, steps: int) -> dict[str, float]:
     """Run the default recipe's ascent on several pictures of one size together, in this process."""
     from antidiffusion import Picture, Surrogate, protect
-    from antidiffusion.allocator import keep_freed_memory
+    from antidiffusion.process import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
 
     keep_freed_memory()
@@ -113,7 +113,7 @@ def profiled(model: str) -> dict[str, Any]:
     """
     import torch
 
-    from antidiffusion.allocator import keep_freed_memory
+    from antidiffusion.process import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
     from antidiffusion.resolution import Canvas
 

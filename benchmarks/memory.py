@@ -41,7 +41,7 @@ def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int,
     import shapes
     import torch
 
-    from antidiffusion.allocator import keep_freed_memory
+    from antidiffusion.process import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
     from antidiffusion.resolution import Canvas
 

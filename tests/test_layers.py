@@ -20,7 +20,7 @@ LAYERS = [
     {"resolution", "attention"},
     {"budget", "surrogate"},
     {"loading"},
-    {"weights", "picture", "allocator"},
+    {"weights", "picture", "process"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

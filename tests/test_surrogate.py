@@ -107,6 +107,22 @@ def test_half_precision_s_gradient_points_the_same_way(checkpoint: Checkpoint, x
     assert torch.cosine_similarity(*slopes, dim=0) > 0.8
 
 
+def test_autocast_computes_in_half_precision_with_float32_weights(checkpoint: Checkpoint, x: torch.Tensor) -> None:
+    slopes = []
+    for autocast in (None, torch.bfloat16):
+        surrogate = Surrogate.from_pretrained(str(checkpoint.folder), autocast=autocast)
+        seen = set[torch.dtype]()
+        for part in (surrogate.vae.encoder.conv_in, surrogate.unet.conv_in, surrogate.vae.decoder.conv_in):
+            part.register_forward_hook(lambda part, given, answer, seen=seen: seen.add(answer.dtype))
+        leaf, generator = x.clone().requires_grad_(), torch.Generator().manual_seed(0)
+        loss = DenoisingSemantic(surrogate, surrogate.embed([""]), weight=0)(leaf, generator)
+        slopes.append(torch.autograd.grad(loss.sum(), leaf)[0].flatten())
+        assert surrogate.decode(surrogate.encode(x, generator)).dtype == loss.dtype == torch.float32
+        assert surrogate.dtype == torch.float32 and seen == {autocast or torch.float32}
+    assert torch.cosine_similarity(*slopes, dim=0) > 0.8
+    assert surrogate.precision == "float32 with autocast to bfloat16"
+
+
 @pytest.mark.parametrize("prediction", SUPPORTED)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_exact_target_gives_back_latent_and_noise(prediction: str, seed: int) -> None:

@@ -159,7 +159,7 @@ def _protect_group(
         card = {
             "recipe": {"name": _name(recipe)} | asdict(recipe),  # type: ignore[call-overload]
             "seed": seed,
-            "model": {"name": surrogate.name, "sha256": sha256, "dtype": str(surrogate.dtype).removeprefix("torch.")},
+            "model": {"name": surrogate.name, "sha256": sha256, "dtype": surrogate.precision},
             "picture": {
                 "width": picture.pixels.shape[1],
                 "height": picture.pixels.shape[0],

@@ -5,7 +5,7 @@ import hashlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -146,6 +146,7 @@ class Surrogate:
         size: Side in pixels of the square that the model was trained on.
         learning_rate, lora_learning_rate: AdamW step sizes of surrogate tuning, full and LoRA; the defaults are the
             paper's and that of diffusers' DreamBooth LoRA script.
+        autocast: Half precision that UNet and autoencoder compute in where their weights are float32, or None.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Surrogate:
     size: int
     learning_rate: float = 5e-7
     lora_learning_rate: float = 1e-4
+    autocast: torch.dtype | None = None
     schedule: NoiseSchedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ class Surrogate:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
         config: str | None = None,
         offline: bool = False,
     ) -> "Surrogate":
@@ -180,7 +183,8 @@ class Surrogate:
             model: "mini" (the embedded model), a diffusers folder, a `.safetensors` file in the original layout, or a
                 hub id. A local path never touches the network.
             device: Where the weights go.
-            dtype: float32, bfloat16 or float16.
+            dtype: Of the weights: float32, bfloat16 or float16.
+            autocast: Compute in this half precision nevertheless: bfloat16, or float16 where nothing is tuned.
             config: Diffusers folder or hub id with the configuration and tokenizer of a single file.
             offline: Use only what is on this machine.
 
@@ -190,7 +194,7 @@ class Surrogate:
         from antidiffusion.loading import load_parts
 
         parts = load_parts(locate(model, config=config, offline=offline), dtype)
-        return cls(name=model, **parts).to(device)
+        return cls(name=model, autocast=autocast, **parts).to(device)
 
     def to(self, device: str | torch.device) -> "Surrogate":
         """Move the weights to a device, channels-last on CPU and CUDA, whose convolutions are faster so."""
@@ -210,6 +214,15 @@ class Surrogate:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
+
+    @property
+    def precision(self) -> str:
+        """Name of the weights' dtype, and of the other one if another one computes."""
+        names = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.autocast) if dtype]
+        return " with autocast to ".join(names)
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     @property
     def factor(self) -> int:
@@ -234,7 +247,8 @@ class Surrogate:
     def posterior(self, x: Tensor) -> Posterior:
         """Encode pictures `x: (B, 3, H, W)` in [0, 1] to a distribution over scaled latents, float32."""
         dtype = next(self.vae.parameters()).dtype
-        distribution = self.vae.encode((2 * x - 1).to(dtype)).latent_dist
+        with self._computing():
+            distribution = self.vae.encode((2 * x - 1).to(dtype)).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         factor = self.vae.config.scaling_factor
         return Posterior((distribution.mean.float() - shift) * factor, distribution.std.float() * factor)
@@ -252,7 +266,8 @@ class Surrogate:
         """Return pictures as `decode` does, but not clamped to [0, 1]: a clamp would stop the gradient."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = (z / self.vae.config.scaling_factor + shift).to(next(self.vae.parameters()).dtype)
-        return self.vae.decode(latents).sample.float() / 2 + 0.5
+        with self._computing():
+            return self.vae.decode(latents).sample.float() / 2 + 0.5
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Embedding:
@@ -288,7 +303,8 @@ class Surrogate:
             pooled = embedding.pooled.to(self.dtype)
             added = {"text_embeds": pooled.expand(batch, -1), "time_ids": sizes.expand(batch, -1)}
         tokens = embedding.tokens.to(self.dtype).expand(batch, -1, -1)
-        output = self.unet(z_t.to(self.dtype), t, encoder_hidden_states=tokens, added_cond_kwargs=added)
+        with self._computing():
+            output = self.unet(z_t.to(self.dtype), t, encoder_hidden_states=tokens, added_cond_kwargs=added)
         return output.sample.float()
 
     def draw(self, z: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

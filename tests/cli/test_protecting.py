@@ -18,9 +18,9 @@ import torch
 from command_line import PROGRAM, QUIET, Run, cli, draw
 from PIL import Image
 
-import antidiffusion.allocator
 import antidiffusion.batch
 import antidiffusion.cli
+import antidiffusion.process
 import antidiffusion.protection
 import antidiffusion.recipes
 from antidiffusion import __version__
@@ -79,7 +79,7 @@ def test_freed_memory_is_kept_unless_memory_is_low(
     here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch, options: list[str], kept: int
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(antidiffusion.allocator, "keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(antidiffusion.process, "keep_freed_memory", lambda: calls.append("kept"))
     monkeypatch.setattr(Surrogate, "from_pretrained", lambda *names, **others: tiny)
     monkeypatch.setattr(AntiDiffusion, "__call__", lambda *parts: Trace(0, lambda *_: None))
     assert cli("protect", "photos/a.png", *options).code == 0

@@ -39,6 +39,8 @@ class CustomDiffusion(PriorTuning):
         initializer: Word whose embedding the new token starts from, one token of the tokenizer.
     """
 
+    full_tuning = True
+
     steps: int = 250
     batch_size: int = 8
     placeholder: str | None = None

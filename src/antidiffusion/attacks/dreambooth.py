@@ -31,6 +31,8 @@ class DreamBooth(PriorTuning):
         text_encoder: Tune the text encoders too.
     """
 
+    full_tuning = True
+
     batch_size: int = 2
     text_encoder: bool = False
 

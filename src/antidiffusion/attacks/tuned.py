@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -123,6 +123,9 @@ class Tuning:
         sampling_steps: DDIM steps of drawing.
         gradient_checkpointing: Recompute the UNet's activations in the backward pass: less memory, more time.
     """
+
+    full_tuning: ClassVar[bool] = False
+    """Whether the model's own weights are tuned, which takes them in float32."""
 
     steps: int = 1000
     learning_rate: float | None = None

@@ -146,7 +146,8 @@ def attack(
         originals = [Picture.read(file) for file in files]
         if save is not None:
             expect_new(save, overwrite=overwrite)
-        surrogate = _prepare(output, overwrite, model, model_config, device, dtype, low_memory=low_memory)
+        loading = {"full_tuning": chosen.full_tuning, "low_memory": low_memory}
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype, **loading)
         x = torch.cat([squared(original, surrogate) for original in originals])
         with (
             _offloaded(surrogate, low_memory),
@@ -185,15 +186,14 @@ def _prepare(
     config: str | None,
     device: str,
     dtype: DType,
-    *,
-    low_memory: bool = False,
+    **loading: bool,
 ) -> Any:
     """Check that the output can be written before the work begins, then load the model."""
     from antidiffusion.batch import expect_new, lossless, make_writable
 
     expect_new(lossless(output), overwrite=overwrite)
     make_writable(output.parent)
-    return shared.load_surrogate(model, config, device, dtype, low_memory=low_memory)
+    return shared.load_surrogate(model, config, device, dtype, **loading)
 
 
 def _write(x: Any, output: Path, overwrite: bool) -> None:

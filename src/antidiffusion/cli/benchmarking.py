@@ -31,7 +31,7 @@ def bench(
             raise ValueError("expected a plan or --smoke, got both; leave one out")
         shipped = Path(str(resources.files("antidiffusion"))) / "bench" / ("smoke.toml" if smoke else "default.toml")
         chosen = Plan.read(plan or shipped, dataset)
-        load = partial(shared.load_surrogate, config=None, device=device, dtype=dtype)
+        load = partial(shared.load_surrogate, config=None, device=device, dtype=dtype, full_tuning=True)
         total, failed = sum(1 for _ in chosen.trials()), 0
         with progress_bar() as bar:
             task = bar.add_task("trials", total=total)

@@ -80,9 +80,10 @@ def protect(
         if dry_run and not hasattr(chosen, "counts"):
             raise ValueError(f"expected --dry-run with anti-diffusion or official, got {recipe}; leave it out")
         jobs = plan(inputs, output)
-        if dtype is DType.auto and (recipe == "official" or tuning is Tuning.full):
-            dtype = DType.float32  # steps of 5e-7 vanish in half precision
-        surrogate = shared.load_surrogate(model, model_config, device, dtype, low_memory=low_memory)
+        full_tuning = recipe == "official" or tuning is Tuning.full
+        surrogate = shared.load_surrogate(
+            model, model_config, device, dtype, full_tuning=full_tuning, low_memory=low_memory
+        )
         if dry_run:
             print(_forecast(jobs, chosen, surrogate, together, side, format_))
             return

@@ -38,6 +38,7 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    mixed = "mixed"
 
 
 def show_version(value: bool) -> None:
@@ -97,30 +98,56 @@ def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:
     return replace(method, **{fields[option]: value for option, value in given.items()})
 
 
-def load_surrogate(model: str, config: str | None, device: str, dtype: DType, *, low_memory: bool = False) -> Any:
-    import diffusers
-    import torch
-    import transformers
-
-    from antidiffusion.allocator import keep_freed_memory
-    from antidiffusion.surrogate import Surrogate
+def load_surrogate(
+    model: str, config: str | None, device: str, dtype: DType, *, full_tuning: bool = False, low_memory: bool = False
+) -> Any:
+    """Load a model; `full_tuning` says that its own weights will be tuned, for which half precision is too coarse."""
+    from antidiffusion.process import keep_freed_memory, uncollected
 
     if not low_memory:
         keep_freed_memory()
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"expected a device of this machine, got {device!r} ({str(error).splitlines()[0]}); use cpu"
-        ) from error
-    if dtype is DType.auto:  # half precision only where the hardware computes it faster
-        dtype = DType.float16 if device.startswith("cuda") else DType.float32
-    return Surrogate.from_pretrained(model, device=device, dtype=getattr(torch, dtype.value), config=config)
+    with uncollected():
+        import diffusers
+        import torch
+        import transformers
+
+        from antidiffusion.surrogate import Surrogate
+
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"expected a device of this machine, got {device!r} ({str(error).splitlines()[0]}); use cpu"
+            ) from error
+        if dtype is DType.auto:
+            dtype = DType.float32 if model == "mini" else fast_dtype(device, full_tuning=full_tuning)
+        mixed = dtype is DType.mixed
+        return Surrogate.from_pretrained(
+            model,
+            device=device,
+            dtype=torch.float32 if mixed else getattr(torch, dtype.value),
+            autocast=torch.bfloat16 if mixed else None,
+            config=config,
+        )
+
+
+def fast_dtype(device: str, *, full_tuning: bool) -> DType:
+    """Return the precision in which a large model runs fastest: half only where the hardware computes in it."""
+    import torch
+
+    if device.startswith("cuda"):
+        if not full_tuning:
+            return DType.float16
+        return DType.mixed if torch.cuda.is_bf16_supported(including_emulation=False) else DType.float32
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+    if device == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return DType.mixed if full_tuning else DType.bfloat16
+    return DType.float32
 
 
 def progress_bar() -> Progress:

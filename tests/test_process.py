@@ -1,14 +1,15 @@
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
 
-from antidiffusion.allocator import keep_freed_memory
+from antidiffusion.process import keep_freed_memory, uncollected
 
 FAULTS = """
 import resource, torch
-from antidiffusion.allocator import keep_freed_memory
+from antidiffusion.process import keep_freed_memory
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -32,3 +33,19 @@ def test_freed_memory_is_used_again_without_page_faults():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()
+
+
+def test_what_is_loaded_is_never_collected():
+    before = gc.get_freeze_count()
+    with uncollected():
+        assert not gc.isenabled()
+        loaded = [[] for _ in range(10_000)]
+    assert gc.isenabled() and gc.get_freeze_count() >= before + len(loaded)
+    gc.unfreeze()
+
+
+def test_collection_goes_on_after_an_error():
+    with pytest.raises(ValueError), uncollected():
+        raise ValueError
+    assert gc.isenabled()
+    gc.unfreeze()

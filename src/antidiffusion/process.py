@@ -1,7 +1,10 @@
-"""The C library's allocator, told to keep what is freed."""
+"""Settings of the whole process. A library should leave them to its caller; the command line makes them."""
 
 import ctypes
+import gc
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # glibc's malloc.h: an option of mallopt and its value.
 OPTIONS = {
@@ -17,7 +20,7 @@ def keep_freed_memory() -> bool:
     A step allocates and frees hundreds of tensors of many megabytes. glibc maps each anew, and the system fills its
     pages with zeros as they are touched, which takes longer than adding two tensors (benchmarks/README.md has figures).
     Kept memory gets fragmented, which costs a sixth of the peak where activations are recomputed, and nothing
-    elsewhere: not for low memory. A library should leave the choice to its caller; the command line makes it.
+    elsewhere: not for low memory.
 
     Returns:
         Whether the allocator took it; False where it is not glibc's.
@@ -26,3 +29,18 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(option, value) for option, value in OPTIONS.values())
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import and load inside the block without garbage collection, and never look at what it made again.
+
+    Libraries make half a million objects that live to the end, and the collector goes through them again and again: a
+    quarter of the time of starting, and most of that of ending (benchmarks/README.md has figures).
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
