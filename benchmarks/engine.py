@@ -25,18 +25,22 @@ RESULT, PLOT = HERE / "results" / "engine.json", HERE.parent / "docs" / "growth.
 PORTRAIT = HERE / "portraits" / "02-01.png"
 MODELS = ("mini", "2.1")
 """What `compare` runs on: the whole schedule on the embedded model, and Stable Diffusion 2.1's shape with half of its
-channels and random weights at a tenth of the schedule, stage by stage."""
+channels and random weights at a tenth of the schedule, stage by stage, also in the precision of `--dtype auto`."""
 DIVISOR, REFERENCE = 2, "released, plain"
 TENTHS: dict[str, dict[str, int]] = {
     "official": {"rounds": 1, "steps": 3, "prompt_steps": 15, "tuning_steps": 10},
     "anti-diffusion": {"rounds": 1, "steps": 6, "prompt_steps": 5, "tuning_steps": 6},
     "quick": {"steps": 3, "prompt_steps": 2},
 }
+TUNED_IN_FULL = (REFERENCE, "official")
 PICTURES, SIDES, STEPS = (1, 4, 16, 64), (128, 256, 512), (10, 20, 40, 80)
 PIXELS = (256, 512, 1024, 2048)
 REPEATS = 3
 MATHS = ("conv", "mm", "attention", "linear")  # of operators' names: convolution, matrix product, fused attention
-STARTUP = "import antidiffusion; antidiffusion.Surrogate.from_pretrained('mini')"
+STARTUP = {
+    "library": "from antidiffusion import Surrogate; Surrogate.from_pretrained('mini')",
+    "command": "from antidiffusion.cli.shared import *; load_surrogate('mini', None, 'cpu', DType.auto)",
+}
 
 
 def peak() -> float:
@@ -55,18 +59,32 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_mb": round(peak()), "working_mb": round(peak() - before)}
 
 
-def prepared(model: str, divisor: int) -> tuple[Any, Any]:
+def prepared(model: str, divisor: int, precision: str = "float32") -> tuple[Any, Any]:
     """Return the surrogate and the portrait's pixels at its size."""
     import shapes
+    import torch
 
     from antidiffusion import Picture, Surrogate
 
-    surrogate = Surrogate.from_pretrained("mini") if model == "mini" else shapes.build(model, "cpu", divisor=divisor)
+    if model == "mini":
+        surrogate = Surrogate.from_pretrained(model)
+    else:
+        mixed = precision == "mixed"
+        surrogate = shapes.build(model, "cpu", torch.float32 if mixed else getattr(torch, precision), divisor)
+        surrogate.autocast = torch.bfloat16 if mixed else None
     times = surrogate.size // 128
     return surrogate, Picture.read(PORTRAIT).pixels.repeat(times, 0).repeat(times, 1)
 
 
-def compared(model: str, name: str) -> dict[str, float]:
+def precisions(model: str, *, full_tuning: bool) -> list[str]:
+    """Return float32, and after it what `--dtype auto` takes for a large model if that is another one here."""
+    from antidiffusion.cli.shared import fast_dtype
+
+    fast = "float32" if model == "mini" else fast_dtype("cpu", full_tuning=full_tuning).value
+    return list(dict.fromkeys(["float32", fast]))
+
+
+def compared(model: str, name: str, precision: str) -> dict[str, float]:
     """Protect one picture, in this process."""
     import reference_official
     import torch
@@ -77,14 +95,15 @@ def compared(model: str, name: str) -> dict[str, float]:
 
     if name != REFERENCE:
         keep_freed_memory()  # as the command does
-    surrogate, pixels = prepared(model, DIVISOR)
+    surrogate, pixels = prepared(model, DIVISOR, precision)
     schedule = {} if model == "mini" else TENTHS["official" if name == REFERENCE else name]
     if name == REFERENCE:
         for module in surrogate.modules:
             module.to(memory_format=torch.contiguous_format)  # as a plain implementation has them
         parts = (surrogate.vae, surrogate.unet, surrogate.text_encoders[0], surrogate.tokenizers[0])
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return timed(lambda: reference_official.protect_official(*parts, surrogate.scheduler, image, **schedule))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
+            return timed(lambda: reference_official.protect_official(*parts, surrogate.scheduler, image, **schedule))
     chosen: Any = PRESETS.get(name) or RECIPES[name]
     recipe = replace(chosen, **schedule)
     canvas = Canvas(pixels, pixels.shape[:2])
@@ -105,7 +124,7 @@ def grown(pictures: int, pixels: int, side: int, steps: int) -> dict[str, float]
     return timed(lambda: protect([Picture(whole)] * pictures, recipe, **options))
 
 
-def profiled(model: str) -> dict[str, Any]:
+def profiled(model: str, precision: str) -> dict[str, Any]:
     """Return the shares of the operators' own time in the default recipe, less what is under 1 %.
 
     A third of the schedule on the embedded model; at Stable Diffusion's shape, all its channels, one step of each stage
@@ -118,7 +137,7 @@ def profiled(model: str) -> dict[str, Any]:
     from antidiffusion.resolution import Canvas
 
     keep_freed_memory()
-    surrogate, pixels = prepared(model, 1)
+    surrogate, pixels = prepared(model, 1, precision)
     once = {"rounds": 1, "steps": 1, "prompt_steps": 1, "tuning_steps": 1}
     recipe = replace(AntiDiffusion(), **({"rounds": 1, "steps": 20} if model == "mini" else once))
 
@@ -148,14 +167,16 @@ def fresh(*arguments: Any) -> dict[str, Any]:
 def compare(models: Sequence[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for model in models:
-        for name in (REFERENCE, *TENTHS):
+        names = (REFERENCE, *TENTHS)
+        cases = [(name, kind) for name in names for kind in precisions(model, full_tuning=name in TUNED_IN_FULL)]
+        for name, precision in cases:
             repeats = REPEATS if model == "mini" else 1  # short runs differ by a third from one to the next
-            runs = sorted((fresh("compare", model, name) for _ in range(repeats)), key=lambda run: run["seconds"])
-            row = runs[len(runs) // 2]
-            first = rows.setdefault(model, {}).setdefault(REFERENCE, row)
+            runs = [fresh("compare", model, name, precision) for _ in range(repeats)]
+            row = sorted(runs, key=lambda run: run["seconds"])[repeats // 2]
+            first = rows.setdefault(model, {}).setdefault(f"{REFERENCE}, float32", row)
             ratios = {f"{key} / reference": round(row[key] / first[key], 3) for key in row}
-            rows[model][name] = row | ratios
-            print(model, name, rows[model][name], flush=True)
+            rows[model][f"{name}, {precision}"] = row | ratios
+            print(model, name, precision, row | ratios, flush=True)
     return rows
 
 
@@ -168,14 +189,19 @@ def growth() -> dict[str, Any]:
         for value in values:
             rows[key][value] = fresh("growth", *(base | {key: value}).values())
             print(key, value, rows[key][value], flush=True)
+    plot(rows)
+    return rows | {"start-up seconds": {name: started(code) for name, code in STARTUP.items()}}
+
+
+def started(code: str) -> float:
+    """Return the median seconds from the start of a process to a loaded model."""
     seconds = []
     for _ in range(REPEATS):
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-c", STARTUP], check=True, stderr=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - begun)
-    rows["start-up seconds"] = round(statistics.median(seconds), 2)
-    plot(rows)
-    return rows
+        begun = time.monotonic()  # which all processes of a machine read alike
+        command = [sys.executable, "-c", f"{code}; import time; print(time.monotonic())"]
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        seconds.append(float(run.stdout) - begun)
+    return round(statistics.median(seconds), 2)
 
 
 def plot(rows: dict[str, Any]) -> None:
@@ -218,7 +244,11 @@ def main() -> None:
     run = {
         "compare": lambda: compare(models),
         "growth": growth,
-        "profile": lambda: {model: profiled(model) for model in models},
+        "profile": lambda: {
+            f"{model}, {kind}": profiled(model, kind)
+            for model in models
+            for kind in precisions(model, full_tuning=False)
+        },
     }[options.command]
     results = json.loads(RESULT.read_text()) if RESULT.exists() else defaultdict(dict)
     results[options.command] = run() | {"threads": torch.get_num_threads(), "versions": versions()}

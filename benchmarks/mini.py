@@ -1,10 +1,12 @@
 """What the embedded model is worth: fidelity and sensitivity of its encoder, speed, and a contact sheet.
 
     python benchmarks/mini.py [--model mini] [--out benchmarks/results/mini.json] [--sheet docs/mini.png]
+    python benchmarks/mini.py --encoder-only --identities DIR [--vae DIR]    # the same portraits at another size
 
 On held-out portraits: PSNR of the autoencoder; how far an untargeted attack on the encoder and random signs of the same
 size move the latent, as mean squared shift over the latent's variance; and how similar SDEdit's result (strength 0.4)
-stays to the clean picture's when the encoder is attacked.
+stays to the clean picture's when the encoder is attacked. What `--identities` takes is made by `python -m portraits
+identities` in tools/, with its `--side`; the UNet was trained at 128 pixels only, and edits larger pictures all the same.
 """
 
 import argparse
@@ -13,9 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -59,11 +63,18 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "mini.json")
     parser.add_argument("--sheet", type=Path, default=HERE.parent / "docs" / "mini.png")
+    parser.add_argument("--encoder-only", action="store_true", help="fidelity and sensitivity only, no sheet")
+    parser.add_argument("--identities", type=Path, help="rendered anew, idNN/KK.png, in place of benchmarks/portraits")
+    parser.add_argument("--vae", type=Path, help="diffusers folder of an autoencoder in place of the model's")
     args = parser.parse_args()
 
     surrogate = Surrogate.from_pretrained(args.model)
+    if args.vae:
+        surrogate = replace(surrogate, vae=AutoencoderKL.from_pretrained(args.vae)).to("cpu")
     generator = Generator().manual_seed(0)
     files = sorted((HERE / "portraits").glob("*.png"))
+    if args.identities:
+        files = [args.identities / "id{}/{}.png".format(*file.stem.split("-")) for file in files]
     pictures = [Picture.read(file) for file in files]
     x = torch.cat([picture.tensor() for picture in pictures])
     with torch.no_grad():
@@ -74,12 +85,13 @@ def main() -> None:
         name: sum(p.numel() for p in module.parameters())
         for name, module in zip(("vae", "unet", "text_encoder"), surrogate.modules, strict=True)
     }
+    result["side"] = x.shape[-1]
     result["vae_psnr"] = statistics.mean(psnr(decoded, x).tolist())
     result["latent_std"] = z.std().item()
     clean_edit = edit(surrogate, x)
     result["sensitivity"] = {}
     for radius in BUDGETS:
-        canvases = [Canvas(picture.pixels, (surrogate.size, surrogate.size)) for picture in pictures]
+        canvases = [Canvas(picture.pixels, picture.pixels.shape[:2]) for picture in pictures]
         for canvas in canvases:  # the gradient is zero at the clean picture itself
             canvas.delta.copy_(torch.randint(2, canvas.delta.shape, generator=generator) * 2 - 1)
         budget, step = Linf(radius), {"steps": 40, "step_size": radius / 8}
@@ -94,6 +106,9 @@ def main() -> None:
             row[f"{name}_edit_ssim"] = statistics.mean(ssim(edit(surrogate, y), clean_edit).tolist())
         result["sensitivity"][radius] = row
         print(radius, row, flush=True)
+    if args.encoder_only:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        return
     begun = time.perf_counter()
     sample(PROMPTS[:1], surrogate, Generator().manual_seed(0), steps=25)
     result["seconds_per_picture_25_steps"] = round(time.perf_counter() - begun, 2)

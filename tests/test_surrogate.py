@@ -1,5 +1,7 @@
 import copy
+import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import ARCHITECTURES, Checkpoint, build_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
+from antidiffusion.loading import load_parts
 from antidiffusion.objectives.semantic import DenoisingSemantic
 from antidiffusion.surrogate import SUPPORTED, Embedding, NoiseSchedule, Surrogate
 
@@ -37,6 +40,18 @@ def test_both_layouts_hold_the_same_model(checkpoint: Checkpoint, surrogate: Sur
     z, t = normal(2, 4, 8, 8), torch.tensor([3, 800])
     answers = [model.predict(z, t, model.embed(["a photo of a person"])) for model in (surrogate, single)]
     torch.testing.assert_close(*answers, rtol=0, atol=1e-5)  # the weights' place in memory moves the last bits
+
+
+def test_parts_are_loaded_without_garbage_collection(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: list[bool] = []
+
+    def load(*arguments: Any) -> dict[str, Any]:
+        collected.append(gc.isenabled())
+        return load_parts(*arguments)
+
+    monkeypatch.setattr("antidiffusion.loading.load_parts", load)
+    Surrogate.from_pretrained(str(checkpoint.folder))
+    assert collected == [False] and gc.isenabled()
 
 
 def test_the_folder_holds_the_model_that_was_saved(checkpoint: Checkpoint, surrogate: Surrogate) -> None:

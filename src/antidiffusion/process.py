@@ -1,4 +1,4 @@
-"""Settings of the whole process. A library should leave them to its caller; the command line makes them."""
+"""Settings of the whole process: lasting ones, which the command line makes and a library leaves to its caller, and passing ones."""
 
 import ctypes
 import gc
@@ -33,14 +33,14 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Import and load inside the block without garbage collection, and never look at what it made again.
+    """Import and load inside the block without garbage collection, which would go through what they make again and again.
 
-    Libraries make half a million objects that live to the end, and the collector goes through them again and again: a
-    quarter of the time of starting, and most of that of ending (benchmarks/README.md has figures).
+    Libraries make half a million objects that live to the end: a quarter of the time of starting.
     """
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion.process import uncollected
 from antidiffusion.weights import locate
 
 SUPPORTED = ("epsilon", "v_prediction", "flow_prediction", "sample")
@@ -193,7 +194,8 @@ class Surrogate:
         """
         from antidiffusion.loading import load_parts
 
-        parts = load_parts(locate(model, config=config, offline=offline), dtype)
+        with uncollected():
+            parts = load_parts(locate(model, config=config, offline=offline), dtype)
         return cls(name=model, autocast=autocast, **parts).to(device)
 
     def to(self, device: str | torch.device) -> "Surrogate":

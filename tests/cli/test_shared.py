@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_the_precision_of_a_large_model(
     run = cli(*command, "--model", "large", "--device", "cpu")
     assert run.code == 0, run.err
     assert [(given["dtype"], given["autocast"]) for given in loadings] == [(weights, computed)]
+
+
+def test_what_is_loaded_is_never_collected(
+    here: Path, loadings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(len(loadings)))
+    assert cli("sample", "a", *DRAWING).code == 0
+    assert frozen == [1]  # after the model is there
 
 
 def test_mini_stays_in_float32(here: Path, capable: None, loadings: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
     python -m portraits assets ASSETS
     python -m portraits train ASSETS OUT --count 12000 --workers 2
-    python -m portraits identities ASSETS OUT --count 30 --pictures 12 --workers 2
+    python -m portraits identities ASSETS OUT --count 30 --pictures 12 --side 128 --workers 2
     python -m portraits edits ASSETS OUT --count 102
     python -m portraits people ASSETS OUT --count 10
     python -m portraits merge OUT
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     identities.add_argument("out", type=Path, metavar="OUT")
     identities.add_argument("--count", type=int, default=30, help="identities")
     identities.add_argument("--pictures", type=int, default=12, help="pictures of each")
+    identities.add_argument("--side", type=int, default=128, help="pixels of a picture")
     edits = commands.add_parser("edits", help="render Defense-Edit-Synth: held-out portraits, edits, results and masks")
     edits.add_argument("assets", type=Path, metavar="ASSETS")
     edits.add_argument("out", type=Path, metavar="OUT")
@@ -82,8 +83,8 @@ def main() -> None:
     else:
         from portraits.dataset import render_identities
 
-        report = progress(options.count, "identities")
-        render_identities(options.assets, options.out, options.count, options.pictures, options.workers, report)
+        report, places = progress(options.count, "identities"), (options.assets, options.out)
+        render_identities(*places, options.count, options.pictures, options.workers, report, options.side)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from portraits.caption import caption
 from portraits.files import write_array, write_json, write_whole
 from portraits.identity import sample_identity
 from portraits.model import shape_head
-from portraits.render import Renderer
+from portraits.render import SIDE, Renderer
 from portraits.sampling import held_out_generator, training_generator
 from portraits.scene import sample_scene
 
@@ -26,9 +26,9 @@ MAX_PICTURES = 100  # an identity's caption seeds are 100 j, 100 j + 1, ...
 
 
 @cache
-def renderer(assets: Path) -> Renderer:
-    """Return this process's renderer."""
-    return Renderer(assets)
+def renderer(assets: Path, side: int = SIDE) -> Renderer:
+    """Return this process's renderer of pictures of `side` x `side` pixels."""
+    return Renderer(assets, side)
 
 
 def render_shard(assets: Path, shards: Path, first: int, count: int) -> None:
@@ -49,7 +49,7 @@ def render_shard(assets: Path, shards: Path, first: int, count: int) -> None:
     write_json(texts, {"captions": captions, "attributes": attributes})
 
 
-def render_identity(assets: Path, out: Path, index: int, pictures: int) -> None:
+def render_identity(assets: Path, out: Path, index: int, pictures: int, side: int) -> None:
     """Render a held-out identity into out/idNN with meta.json, which is written last, unless it is there."""
     folder = out / f"id{index:02d}"
     meta = folder / "meta.json"
@@ -57,12 +57,13 @@ def render_identity(assets: Path, out: Path, index: int, pictures: int) -> None:
         return
     rng = held_out_generator(index)
     identity = sample_identity(rng)
-    rest = shape_head(renderer(assets).model, identity)
+    draw = renderer(assets, side)
+    rest = shape_head(draw.model, identity)
     images = []
     for k in range(pictures):
         scene = sample_scene(rng, identity)
         name = f"{k:02d}.png"
-        picture = Image.fromarray(renderer(assets)(identity, scene, rest))
+        picture = Image.fromarray(draw(identity, scene, rest))
         write_whole(folder / name, partial(picture.save, format="PNG"))
         images.append(
             {
@@ -104,7 +105,7 @@ def render_training(assets: Path, out: Path, count: int, workers: int, report: C
 
 
 def render_identities(
-    assets: Path, out: Path, count: int, pictures: int, workers: int, report: Callable[[int], object]
+    assets: Path, out: Path, count: int, pictures: int, workers: int, report: Callable[[int], object], side: int = SIDE
 ) -> None:
     """Render held-out identities 0 ... count - 1 into out/idNN, going on where an earlier run stopped.
 
@@ -115,10 +116,11 @@ def render_identities(
         pictures: Number of pictures of each.
         workers: Number of processes.
         report: Called with the number of identities that are done.
+        side: Pixels of a picture.
 
     Raises:
         ValueError: If there are so many pictures that two identities would share a caption seed.
     """
     if not 1 <= pictures <= MAX_PICTURES:
         raise ValueError(f"expected 1 to {MAX_PICTURES} pictures an identity, got {pictures}")
-    run(render_identity, ((assets, out, index, pictures) for index in range(count)), workers, report)
+    run(render_identity, ((assets, out, index, pictures, side) for index in range(count)), workers, report)

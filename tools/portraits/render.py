@@ -29,6 +29,7 @@ from portraits.scene import Scene
 from portraits.shade import HEM, OCCLUSION, Ribbons, Shadow, Surface, shade
 from portraits.worn import Part, beanie, glasses
 
+SIDE = 128  # pixels of the embedded model's pictures
 SUPERSAMPLING = 2  # each way
 CAMERA_DISTANCE = 13.0  # decimetres from the pivot of the head at which the scene's span is measured
 SHADOW_SIDE = 160  # pixels
@@ -170,7 +171,7 @@ class Renderer:
         side: Pixels of a picture.
     """
 
-    def __init__(self, assets: Path, side: int = 128) -> None:
+    def __init__(self, assets: Path, side: int = SIDE) -> None:
         self.model = load_model(assets)
         self.hair = load_hair(assets)
         self.side = side

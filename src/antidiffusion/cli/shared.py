@@ -1,5 +1,6 @@
 """What the commands share: the application, its common options, the model, the bar, and the sentences of errors."""
 
+import gc
 import os
 import sys
 import warnings
@@ -127,13 +128,15 @@ def load_surrogate(
         if dtype is DType.auto:
             dtype = DType.float32 if model == "mini" else fast_dtype(device, full_tuning=full_tuning)
         mixed = dtype is DType.mixed
-        return Surrogate.from_pretrained(
+        surrogate = Surrogate.from_pretrained(
             model,
             device=device,
             dtype=torch.float32 if mixed else getattr(torch, dtype.value),
             autocast=torch.bfloat16 if mixed else None,
             config=config,
         )
+    gc.freeze()  # all that lives to the end: the last collection would take longer than loading mini
+    return surrogate
 
 
 def fast_dtype(device: str, *, full_tuning: bool) -> DType:
