@@ -5,8 +5,8 @@
 
 On held-out portraits: PSNR of the autoencoder; how far an untargeted attack on the encoder and random signs of the same
 size move the latent, as mean squared shift over the latent's variance; and how similar SDEdit's result (strength 0.4)
-stays to the clean picture's when the encoder is attacked. What `--identities` takes is made by `python -m portraits
-identities` in tools/, with its `--side`; the UNet was trained at 128 pixels only, and edits larger pictures all the same.
+stays to the clean picture's when the encoder is attacked. What `--identities` takes is made in tools/, by `python -m
+portraits identities --side SIDE`; the UNet was trained at 128 pixels only, and edits larger pictures all the same.
 """
 
 import argparse

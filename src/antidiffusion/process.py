@@ -1,4 +1,4 @@
-"""Settings of the whole process: lasting ones, which the command line makes and a library leaves to its caller, and passing ones."""
+"""Settings of the whole process. A library should leave lasting ones to its caller; the command line makes them."""
 
 import ctypes
 import gc
@@ -33,9 +33,9 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Import and load inside the block without garbage collection, which would go through what they make again and again.
+    """Import and load inside the block without garbage collection.
 
-    Libraries make half a million objects that live to the end: a quarter of the time of starting.
+    Libraries make half a million objects that live to the end, and the collector would go through them again and again.
     """
     enabled = gc.isenabled()
     gc.disable()
