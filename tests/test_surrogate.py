@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, Checkpoint, build_pipeline
+from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -237,11 +238,26 @@ def test_low_memory_changes_memory_only(tiny: Surrogate, x: torch.Tensor, sdl: s
     torch.testing.assert_close(recomputed, expected)
     assert less < everything / 2
     with pytest.raises(RuntimeError, match="stop"), tiny.low_memory():
-        assert tiny.unet.is_gradient_checkpointing and tiny.vae.is_gradient_checkpointing
+        assert tiny.unet.is_gradient_checkpointing
         raise RuntimeError("stop")
-    assert not tiny.unet.is_gradient_checkpointing and not tiny.vae.is_gradient_checkpointing
+    assert not tiny.unet.is_gradient_checkpointing
+    assert not any("forward" in vars(module) for module in tiny.vae.modules())
     assert replace(tiny).sha256 == before
     assert torch.equal(tiny.embed([""]).tokens, embedding.tokens)
+
+
+def test_one_layer_of_the_encoder_is_recomputed_at_a_time(tiny: Surrogate, x: torch.Tensor) -> None:
+    events: list[str] = []
+    layers = [module for module in tiny.vae.encoder.modules() if isinstance(module, ResnetBlock2D)]
+    for layer in layers:
+        layer.conv1.register_forward_hook(lambda *_: events.append("computed"))
+        layer.conv1.register_full_backward_hook(lambda *_: events.append("differentiated"))
+    leaf = x.clone().requires_grad_()
+    with tiny.low_memory():
+        loss = tiny.posterior(leaf).mean.sum()
+        events.clear()
+        loss.backward()
+    assert events == ["computed", "differentiated"] * len(layers)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from antidiffusion.process import uncollected
 from antidiffusion.weights import locate
@@ -133,6 +134,21 @@ def saved(tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor]]]:
             return torch.load(file, weights_only=True)
 
         yield load
+
+
+@contextmanager
+def recomputed(layers: Sequence[Any]) -> Iterator[None]:
+    """Keep only what goes into each layer inside the block, and compute the rest anew in the backward pass.
+
+    diffusers' switch for the autoencoder recomputes whole levels, whose activations are twice as large.
+    """
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @dataclass
@@ -327,11 +343,13 @@ class Surrogate:
         Activations are recomputed in the backward pass, and the text encoders and the decoder, which no stage needs,
         are on disk: `embed` and `decode` do not work here.
         """
+        from diffusers.models.resnet import ResnetBlock2D
+
         parked = [p for module in (*self.text_encoders, self.vae.decoder) for p in module.parameters()]
-        for module in (self.unet, self.vae):
-            module.enable_gradient_checkpointing()
+        residuals = [module for module in self.vae.encoder.modules() if isinstance(module, ResnetBlock2D)]
+        self.unet.enable_gradient_checkpointing()
         try:
-            with saved([parameter.data for parameter in parked]) as load:
+            with recomputed(residuals), saved([parameter.data for parameter in parked]) as load:
                 for parameter in parked:
                     parameter.data = parameter.data[:0].clone()
                 try:
@@ -340,8 +358,7 @@ class Surrogate:
                     for parameter, data in zip(parked, load(), strict=True):
                         parameter.data = data
         finally:
-            for module in (self.unet, self.vae):
-                module.disable_gradient_checkpointing()
+            self.unet.disable_gradient_checkpointing()
 
     @contextmanager
     def offload(self) -> Iterator[None]:
