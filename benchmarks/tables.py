@@ -16,6 +16,7 @@ from antidiffusion.report.tables import ranking
 RESULTS = Path(__file__).parent / "results"
 LEADING = ("anti-diffusion", "anti-diffusion, quick", "aspl", "simac", "fsmg", "advdm", "official", CONTROL, CLEAN)
 EDITS = ("diffedit", "inpaint", "masactrl", "sdedit")
+ENCODERS = {"mini": "as shipped, 128 px", "mini_160": "160 px", "mini_192": "192 px", "mini_longer": "trained longer"}
 RANK = "mean rank, 95 % interval"
 TIMED = "p01"  # the person for whose photos the comparison states the seconds
 
@@ -90,6 +91,23 @@ def half_clean() -> str:
     return table(["recipe", *settings], lines)
 
 
+def precision() -> str:
+    """Float32 is the file of the shipped model's name. Half-precision protections were attacked in float32 only."""
+    files = {"float32": "mini", "bfloat16": "bfloat16", "mixed": "mixed"}
+    rows = {kind: read_rows(RESULTS / "precision" / f"{file}.jsonl") for kind, file in files.items()}
+    attacks = [(kind, attacker) for kind in ("edit", "tuning") for attacker in ("mini", "mixed")]
+    lines = []
+    for name in dict.fromkeys(row.recipe for row in rows["float32"]):
+        for kind, every in rows.items():
+            own = [row for row in every if row.recipe == name and row.attack]
+            groups = [[row for row in own if (row.kind, row.attacker) == attack] for attack in attacks]
+            if own and (kind == "float32" or name not in (CLEAN, CONTROL)):
+                lines.append(
+                    [name, kind, *(mean(sound(group), PRIMARY[group[0].kind]) if group else "" for group in groups)]
+                )
+    return table(["recipe", "protected in", *(f"{kind} by {attacker}" for kind, attacker in attacks)], lines)
+
+
 def flops() -> str:
     counted = read("flops")
     rows = [[name, f"{row['tflop']:.1f}", f"{row['released_over_this']:.2f}"] for name, row in counted["rows"].items()]
@@ -122,6 +140,27 @@ def mini() -> str:
     )
 
 
+def encoder() -> str:
+    """At other sizes, and of an autoencoder that was trained longer: fidelity beside sensitivity to the attack."""
+    rows = []
+    for name, label in ENCODERS.items():
+        found = read(name)
+        figures = [found["sensitivity"][radius] for radius in ("8", "16")]
+        cells = [f"{row['attack_shift']:.1%}, {row['attack_edit_ssim']:.3f}" for row in figures]
+        rows.append([label, f"{found['vae_psnr']:.1f}", *cells])
+    return table(["autoencoder", "PSNR, dB", "8/255: latent shift, edit SSIM", "16/255"], rows)
+
+
+def engine() -> str:
+    rows = []
+    for model, runs in read("engine")["compare"].items():
+        for name, row in runs.items() if isinstance(runs, dict) and "seconds" in next(iter(runs.values())) else ():
+            ratios = [f"{row[f'{key} / reference']:.2f}" for key in ("seconds", "working_mb")]
+            cells = [f"{row['seconds']:.1f}", ratios[0], f"{row['working_mb']} MB", ratios[1]]
+            rows.append([model, *name.rsplit(", ", 1), *cells])
+    return table(["model", "recipe", "precision", "s", "of the reference", "working memory", "of the reference"], rows)
+
+
 if __name__ == "__main__":
-    for make in (comparison, replication, transfer, half_clean, flops, memory, mini):
+    for make in (comparison, replication, transfer, half_clean, precision, engine, flops, memory, mini, encoder):
         print(f"### {make.__name__}\n\n{make()}")
