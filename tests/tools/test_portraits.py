@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -358,3 +359,16 @@ def test_data_sets_resume_and_do_not_depend_on_the_workers(assets: Path, tmp_pat
     meta = json.loads((tmp_path / "b" / "id00" / "meta.json").read_text())
     assert [image["caption"] for image in meta["images"]] == HELD_OUT_CAPTIONS
     assert meta["identity"]["hair_style"] == "ponytail"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_another_size_shows_the_same_picture(assets: Path, tmp_path: Path) -> None:
+    from portraits.dataset import render_identities
+
+    for side in (128, 192):
+        render_identities(assets, tmp_path / str(side), 1, 2, 1, lambda done: None, side)
+    small, large = (Image.open(tmp_path / str(side) / "id00" / "01.png") for side in (128, 192))
+    assert small.size == (128, 128) and large.size == (192, 192)
+    difference = np.subtract(large.resize((128, 128), Image.Resampling.BOX), small, dtype=np.float64)
+    assert 0.1 < np.abs(difference).mean() < 8
