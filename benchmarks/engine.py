@@ -62,16 +62,11 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
 def prepared(model: str, divisor: int, precision: str = "float32") -> tuple[Any, Any]:
     """Return the surrogate and the portrait's pixels at its size."""
     import shapes
-    import torch
 
     from antidiffusion import Picture, Surrogate
 
-    if model == "mini":
-        surrogate = Surrogate.from_pretrained(model)
-    else:
-        mixed = precision == "mixed"
-        surrogate = shapes.build(model, "cpu", torch.float32 if mixed else getattr(torch, precision), divisor)
-        surrogate.autocast = torch.bfloat16 if mixed else None
+    mini = model == "mini"
+    surrogate = Surrogate.from_pretrained(model) if mini else shapes.build(model, "cpu", precision, divisor)
     times = surrogate.size // 128
     return surrogate, Picture.read(PORTRAIT).pixels.repeat(times, 0).repeat(times, 1)
 

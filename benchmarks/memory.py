@@ -50,7 +50,7 @@ def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int,
     torch.set_num_threads(threads)
     imports = peak()
     started = time.perf_counter()
-    surrogate = shapes.build(model, "cpu", getattr(torch, dtype), divisor)
+    surrogate = shapes.build(model, "cpu", dtype, divisor)
     side = surrogate.size
     weights = sum(p.numel() * p.element_size() for module in surrogate.modules for p in module.parameters())
     built = {"seconds": round(time.perf_counter() - started, 1), "peak_gib": peak(), "resident_gib": resident()}
@@ -97,7 +97,7 @@ def save(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["1.5", "2.1", "xl"], default="2.1", help="version of Stable Diffusion")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "mixed"], default="bfloat16")
     parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
     parser.add_argument("--low-memory", action="store_true")
     parser.add_argument(

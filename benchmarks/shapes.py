@@ -89,21 +89,20 @@ class Ids:
         return self
 
 
-def build(
-    version: str = "2.1", device: str = "meta", dtype: torch.dtype = torch.float32, divisor: int = 1
-) -> Surrogate:
-    """Build the surrogate with random weights, directly in `dtype` so that building needs no more than the weights.
+def build(version: str = "2.1", device: str = "meta", precision: str = "float32", divisor: int = 1) -> Surrogate:
+    """Build the surrogate with random weights, directly in their dtype so that building needs no more than the weights.
 
     Arguments:
         version: A key of `SHAPES`.
         device: "meta" for shapes only.
-        dtype: Of every weight.
+        precision: The weights' dtype, or "mixed": float32 with autocast to bfloat16.
         divisor: UNet and autoencoder have this many times fewer channels, for a quick try.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    shape = SHAPES[version]
+    shape, mixed = SHAPES[version], precision == "mixed"
+    dtype = torch.float32 if mixed else getattr(torch, precision)
     with torch.device("meta"):
         vae = AutoencoderKL(**divided(VAE | {"sample_size": shape.side}, divisor))
         unet = UNet2DConditionModel(**divided(UNET | shape.unet | {"sample_size": shape.side // 8}, divisor))
@@ -118,7 +117,8 @@ def build(
             fill(module)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     tokenizers = [Ids() for _ in encoders]
-    return Surrogate(f"{shape.name} shape", vae, unet, encoders, tokenizers, scheduler, shape.side).to(device)
+    parts = (f"{shape.name} shape", vae, unet, encoders, tokenizers, scheduler, shape.side)
+    return Surrogate(*parts, autocast=torch.bfloat16 if mixed else None).to(device)
 
 
 @torch.no_grad()
