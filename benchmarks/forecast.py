@@ -33,7 +33,7 @@ def run(name: str, dry: bool) -> dict[str, float]:
 
     from antidiffusion import Picture
     from antidiffusion.forecast import forecast
-    from antidiffusion.process import keep_freed_memory
+    from antidiffusion.process import give_back_freed_memory, keep_freed_memory
     from antidiffusion.protection import peak_memory, protect
     from antidiffusion.recipes import PRESETS, RECIPES
 
@@ -45,6 +45,7 @@ def run(name: str, dry: bool) -> dict[str, float]:
         recipe = replace(recipe, rounds=1, steps=10)
     if "low memory" in rest:
         recipe = replace(recipe, low_memory=True)
+        give_back_freed_memory()  # as the command does
     else:
         keep_freed_memory()
     surrogate, pixels = engine.prepared(*(("mini", 1, "float32") if model == "mini" else ("2.1", 2, "bfloat16")))

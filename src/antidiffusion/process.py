@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # glibc's malloc.h: an option of mallopt and its value.
-OPTIONS = {
+KEEP = {
     "M_MMAP_MAX": (-4, 0),  # no block is mapped for itself, and given back when freed
     "M_TRIM_THRESHOLD": (-1, -1),  # the heap never shrinks
     "M_TOP_PAD": (-2, 2**26),  # it grows by 64 MB at least
+}
+GIVE_BACK = {
+    "M_MMAP_THRESHOLD": (-3, 2**17),  # larger blocks are mapped; left alone, this limit grows with what is freed
+    "M_TRIM_THRESHOLD": (-1, 2**17),  # the heap shrinks when so much is free at its end
 }
 
 
@@ -19,16 +23,29 @@ def keep_freed_memory() -> bool:
 
     A step allocates and frees hundreds of tensors of many megabytes. glibc maps each anew, and the system fills its
     pages with zeros as they are touched, which takes longer than adding two tensors (benchmarks/README.md has figures).
-    Kept memory gets fragmented, which costs a sixth of the peak where activations are recomputed, and nothing
-    elsewhere: not for low memory.
 
     Returns:
         Whether the allocator took it; False where it is not glibc's.
     """
+    return _mallopt(KEEP)
+
+
+def give_back_freed_memory() -> bool:
+    """Let this process give freed memory back to the system at once, until it ends: the opposite, for low memory.
+
+    glibc by itself gives back some and keeps some in pieces that fit nothing: an eighth of the peak of a large model.
+
+    Returns:
+        Whether the allocator took it; False where it is not glibc's.
+    """
+    return _mallopt(GIVE_BACK)
+
+
+def _mallopt(options: dict[str, tuple[int, int]]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(option, value) for option, value in OPTIONS.values())
+    return all(mallopt(option, value) for option, value in options.values())
 
 
 @contextmanager

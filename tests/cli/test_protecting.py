@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,17 @@ def test_json(loaded: Path) -> None:
     assert len(records) == 2
 
 
-@pytest.mark.parametrize(("options", "kept"), [([], 1), (["--low-memory"], 0)])
+@pytest.mark.parametrize(("options", "setting"), [([], "keep"), (["--low-memory"], "give_back")])
 def test_freed_memory_is_kept_unless_memory_is_low(
-    here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch, options: list[str], kept: int
+    here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch, options: list[str], setting: str
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(antidiffusion.process, "keep_freed_memory", lambda: calls.append("kept"))
+    for name in ("keep", "give_back"):
+        monkeypatch.setattr(antidiffusion.process, f"{name}_freed_memory", partial(calls.append, name))
     monkeypatch.setattr(Surrogate, "from_pretrained", lambda *names, **others: tiny)
     monkeypatch.setattr(AntiDiffusion, "__call__", lambda *parts: Trace(0, lambda *_: None))
     assert cli("protect", "photos/a.png", *options).code == 0
-    assert len(calls) == kept
+    assert calls == [setting]
 
 
 def test_the_note_about_mini(loaded: Path) -> None:

@@ -103,10 +103,9 @@ def load_surrogate(
     model: str, config: str | None, device: str, dtype: DType, *, full_tuning: bool = False, low_memory: bool = False
 ) -> Any:
     """Load a model; `full_tuning` says that its own weights will be tuned, for which half precision is too coarse."""
-    from antidiffusion.process import keep_freed_memory, uncollected
+    from antidiffusion.process import give_back_freed_memory, keep_freed_memory, uncollected
 
-    if not low_memory:
-        keep_freed_memory()
+    give_back_freed_memory() if low_memory else keep_freed_memory()
     with uncollected():
         import diffusers
         import torch
