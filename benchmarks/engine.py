@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -245,8 +244,9 @@ def main() -> None:
             for kind in precisions(model, full_tuning=False)
         },
     }[options.command]
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else defaultdict(dict)
-    results[options.command] = run() | {"threads": torch.get_num_threads(), "versions": versions()}
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    machine = {"threads": torch.get_num_threads(), "versions": versions()}
+    results[options.command] = results.get(options.command, {}) | run() | machine
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
 
 

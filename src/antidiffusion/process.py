@@ -12,10 +12,7 @@ KEEP = {
     "M_TRIM_THRESHOLD": (-1, -1),  # the heap never shrinks
     "M_TOP_PAD": (-2, 2**26),  # it grows by 64 MB at least
 }
-GIVE_BACK = {
-    "M_MMAP_THRESHOLD": (-3, 2**17),  # larger blocks are mapped; left alone, this limit grows with what is freed
-    "M_TRIM_THRESHOLD": (-1, 2**17),  # the heap shrinks when so much is free at its end
-}
+GIVE_BACK = {"M_MMAP_THRESHOLD": (-3, 2**17)}  # larger blocks are mapped; unset, it grows with what is freed
 
 
 def keep_freed_memory() -> bool:
