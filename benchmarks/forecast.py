@@ -1,6 +1,6 @@
 """How far `protect --dry-run` is from what a run then takes; each in a process of its own, since peaks never fall.
 
-python benchmarks/forecast.py        # twenty minutes on an idle machine; results/forecast.json
+    python benchmarks/forecast.py [NAME ...]    # all: fifteen minutes on an idle machine; results/forecast.json
 
 On the embedded model, and on Stable Diffusion 2.1's shape with half of its channels and random weights in bfloat16.
 Seconds are those of the whole call, the report card's measurements included, less imports and loading.
@@ -65,6 +65,7 @@ def fresh(name: str, dry: bool) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=RUNS, help=f"of: {'; '.join(RUNS)}")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -73,14 +74,14 @@ def main() -> None:
         return
     from antidiffusion.protection import versions
 
-    rows: dict[str, Any] = {}
-    for name in RUNS:
+    path = HERE / "results" / "forecast.json"
+    rows: dict[str, Any] = json.loads(path.read_text())["said, then measured"] if path.exists() else {}
+    for name in options.names:
         said, taken = fresh(name, True), fresh(name, False)
         rows[name] = {key: [said[key], taken[key]] for key in said}
         rows[name] |= {f"{key} off by": round(said[key] / taken[key] - 1, 3) for key in said}
         print(name, rows[name], flush=True)
-    result = {"said, then measured": rows, "versions": versions()}
-    (HERE / "results" / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps({"said, then measured": rows, "versions": versions()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,14 @@ def flops() -> str:
     return table(["recipe, SD 2.1-base at 512 px", "TFLOP", "released code / this"], rows)
 
 
+def forecast() -> str:
+    rows = [
+        [name, *map(str, row["seconds"]), *(f"{row[f'{key} off by']:+.1%}" for key in ("seconds", "peak_memory_mb"))]
+        for name, row in read("forecast")["said, then measured"].items()
+    ]
+    return table(["run", "s, said", "s, taken", "off by", "peak memory off by"], rows)
+
+
 def memory() -> str:
     rows = []
     for row in read("memory"):
@@ -162,5 +170,6 @@ def engine() -> str:
 
 
 if __name__ == "__main__":
-    for make in (comparison, replication, transfer, half_clean, precision, engine, flops, memory, mini, encoder):
+    protection, cost = (comparison, replication, transfer, half_clean, precision), (engine, flops, memory, forecast)
+    for make in (*protection, *cost, mini, encoder):
         print(f"### {make.__name__}\n\n{make()}")
