@@ -10,6 +10,7 @@ from conftest import ARCHITECTURES, Checkpoint, build_pipeline
 from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from antidiffusion.loading import load_parts
 from antidiffusion.objectives.semantic import DenoisingSemantic
@@ -244,6 +245,13 @@ def test_low_memory_changes_memory_only(tiny: Surrogate, x: torch.Tensor, sdl: s
     assert not any("forward" in vars(module) for module in tiny.vae.modules())
     assert replace(tiny).sha256 == before
     assert torch.equal(tiny.embed([""]).tokens, embedding.tokens)
+
+
+def test_parked_weights_leave_the_memory(tiny: Surrogate) -> None:
+    parked = [*tiny.text_encoders[0].parameters(), *tiny.vae.decoder.parameters()]
+    storages = [StorageWeakRef(parameter.untyped_storage()) for parameter in parked]
+    with tiny.low_memory():
+        assert all(storage.expired() for storage in storages)
 
 
 def test_one_layer_of_the_encoder_is_recomputed_at_a_time(tiny: Surrogate, x: torch.Tensor) -> None:

@@ -30,7 +30,8 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """Let this process give freed memory back to the system at once, until it ends: the opposite, for low memory.
 
-    glibc by itself gives back some and keeps some in pieces that fit nothing: an eighth of the peak of a large model.
+    glibc by itself gives back some and keeps some in pieces that fit nothing: an eighth of the peak of Stable Diffusion
+    2.1, almost a third of XL's (benchmarks/README.md).
 
     Returns:
         Whether the allocator took it; False where it is not glibc's.

@@ -128,6 +128,7 @@ def saved(tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor]]]:
             raise OSError(
                 errno.ENOSPC, f"no room for a copy of {len(tensors)} weights; set TMPDIR", tempfile.gettempdir()
             ) from error
+        del tensors  # or what the caller parks would stay in memory
 
         def load() -> list[Tensor]:
             file.seek(0)
