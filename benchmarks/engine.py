@@ -58,7 +58,7 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_mb": round(peak()), "working_mb": round(peak() - before)}
 
 
-def prepared(model: str, divisor: int, precision: str = "float32") -> tuple[Any, Any]:
+def prepared(model: str, divisor: int, precision: str) -> tuple[Any, Any]:
     """Return the surrogate and the portrait's pixels at its size."""
     import shapes
 

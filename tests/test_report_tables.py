@@ -200,7 +200,7 @@ def test_head_says_what_was_run_and_what_was_flagged() -> None:
     what, flags = tables.head(rows)
     facts = {line[0].text: line[1].text for line in what.lines}
     assert facts["data sets"] == "people: 3 items, synth: 5 items"
-    assert facts["models"] == "mini 0123456789ab, other ffffffffffff"
+    assert facts["models"] == "mini 0123456789ab in float32, other ffffffffffff in float32"
     assert (facts["budgets"], facts["seeds"], facts["measured with"]) == ("8/255", "0", "faces: dlib")
     assert facts["settings that differ"] == "advdm: 2"
     assert {line[0].text: line[1].text for line in flags.lines} == {"clean attack failed": "2", "zero gradient": "1"}

@@ -71,7 +71,7 @@ def test_several_processes_give_the_same_rows(
 
 def test_a_killed_run_goes_on(tmp_path: Path, sd15: Checkpoint, tiny: Surrogate, one_thread: None) -> None:
     path, folder = write_plan(tmp_path, sd15.folder), tmp_path / "run"
-    process = subprocess.Popen([*PROGRAM, "bench", str(path), "-o", str(folder)], env=QUIET)
+    process = subprocess.Popen([*PROGRAM, "bench", str(path), "-o", str(folder), "--dtype", "float32"], env=QUIET)
     while not (folder / ROWS).exists() or len((folder / ROWS).read_bytes().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.02)
@@ -115,8 +115,14 @@ def test_other_rows_other_weights_and_a_second_run_are_refused(plan: Plan, tmp_p
         next(run(plan, folder, lambda name: tiny))
     going.close()
     rows = [asdict(row) for row in read_rows(folder / ROWS)]
+    assert rows[0]["settings"]["precision"] == "float32"
+    (folder / ROWS).write_text(
+        json.dumps(rows[0] | {"settings": rows[0]["settings"] | {"precision": "bfloat16"}}) + "\n"
+    )
+    with pytest.raises(ValueError, match=r"got \w{12} in float32, where earlier rows have \w{12} in bfloat16"):
+        list(run(plan, folder, lambda name: tiny))
     (folder / ROWS).write_text(json.dumps(rows[0] | {"model_sha256": "0" * 64}) + "\n")
-    with pytest.raises(ValueError, match=r"expected the same weights of tiny, got .*, where earlier rows have 0{12}"):
+    with pytest.raises(ValueError, match=r"expected the same weights and precision of tiny, .* rows have 0{12} in"):
         list(run(plan, folder, lambda name: tiny))
     (folder / ROWS).write_text(json.dumps(rows[0] | {"key": "another"}) + "\n")
     with pytest.raises(ValueError, match=r"expected rows of this plan .*, got 1 of another"):

@@ -89,7 +89,7 @@ def _run(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Done]:
         raise ValueError(
             f"expected rows of this plan in {folder / ROWS}, got {len(foreign)} of another; use another folder"
         )
-    models = {row.attacker: row.model_sha256 for row in rows.values()}
+    models = {row.attacker: row.model for row in rows.values()}
     yield from (Done(trials[key], row) for key, row in rows.items())
     failed: set[str] = set()
     with (folder / ROWS).open("a", encoding="utf-8") as file, _workers(plan, folder, load, jobs) as submit:
@@ -147,10 +147,10 @@ def _named(trial: Trial) -> str:
 
 
 def _check_model(row: Row, models: dict[str, str]) -> None:
-    known = models.setdefault(row.attacker, row.model_sha256)
-    if known != row.model_sha256:
-        got = f"{row.model_sha256[:12]}, where earlier rows have {known[:12]}"
-        raise ValueError(f"expected the same weights of {row.attacker}, got {got}; use another folder")
+    known = models.setdefault(row.attacker, row.model)
+    if known != row.model:
+        got = f"{row.model}, where earlier rows have {known}"
+        raise ValueError(f"expected the same weights and precision of {row.attacker}, got {got}; use another folder")
 
 
 @contextmanager

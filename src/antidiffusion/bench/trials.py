@@ -104,7 +104,7 @@ class Laboratory:
             pictures=names,
             seconds=round(time.perf_counter() - begun if seconds is None else seconds, 2),
             peak_memory_mb=round(peak_memory(surrogate.device) / 1e6),
-            settings=self.plan.settings(trial),
+            settings=self.plan.settings(trial) | {"precision": surrogate.precision},
             model_sha256=sha256,
             versions=versions(),
             backends=self.backends,

@@ -66,6 +66,11 @@ class Row:
         return self.dataset, self.item
 
     @property
+    def model(self) -> str:
+        """What computed: the hash of its weights, shortened, and the precision; rows that do not tell are float32."""
+        return f"{self.model_sha256[:12]} in {self.settings.get('precision', 'float32')}"
+
+    @property
     def own(self) -> bool:
         """Whether the attacker has the protector's model."""
         return self.attacker == self.surrogate

@@ -61,12 +61,12 @@ def head(rows: Sequence[Row]) -> list[Table]:
     items: dict[str, set[str]] = {}
     for row in rows:
         items.setdefault(row.dataset, set()).add(row.item)
-    models = {(row.surrogate if row.kind == "protection" else row.attacker, row.model_sha256[:12]) for row in rows}
+    models = {(row.surrogate if row.kind == "protection" else row.attacker, row.model) for row in rows}
     facts = {
         "rows": ", ".join(f"{len(group)} of {kind}" for kind, group in grouped(rows, lambda row: row.kind).items()),
         "data sets": ", ".join(f"{name}: {_count(len(found), 'item')}" for name, found in sorted(items.items())),
         "seeds": _listed(row.seed for row in rows),
-        "models": _listed(f"{name} {sha256}" for name, sha256 in models),
+        "models": _listed(f"{name} {model}" for name, model in models),
         "budgets": _listed(f"{row.budget:g}/255" for row in rows if row.budget is not None),
         "versions": _listed(f"{name} {version}" for row in rows for name, version in row.versions.items()),
         "measured with": _listed(f"{name}: {backend}" for row in rows for name, backend in row.backends.items()),
@@ -317,12 +317,12 @@ def _concerned(rows: Sequence[Row]) -> str:
 
 
 def _inconsistent(rows: Sequence[Row]) -> Iterator[str]:
-    """Name what ran with different settings or weights under one name: its figures average over them."""
+    """Name what ran with different settings, weights or precision under one name: its figures average over them."""
     seen: dict[str, set[str]] = {}
     for row in rows:
         for role, name in (("recipe", row.recipe), ("attack", row.attack)):
             if name and name != CLEAN:
                 seen.setdefault(name, set()).add(json.dumps(row.settings.get(role), sort_keys=True))
         model = row.surrogate if row.kind == "protection" else row.attacker
-        seen.setdefault(f"model {model}", set()).add(row.model_sha256)
+        seen.setdefault(f"model {model}", set()).add(row.model)
     return (f"{name}: {len(found)}" for name, found in seen.items() if len(found) > 1)
