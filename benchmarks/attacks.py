@@ -24,17 +24,18 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from antidiffusion import Picture, Surrogate, people
+from antidiffusion import Picture, Surrogate
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
-from antidiffusion.defense_edit import asked, read, synthetic
+from antidiffusion.data import people
+from antidiffusion.data.defense_edit import asked, read, synthetic
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.fidelity import ssim
 from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism
 from antidiffusion.metrics.statistics import bootstrap
+from antidiffusion.models.sampling import sample
 from antidiffusion.protection import versions
-from antidiffusion.sampling import sample
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"

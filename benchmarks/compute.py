@@ -8,8 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from antidiffusion.report.rows import CONTROL, read_rows
-from antidiffusion.report.tables import overall
+from antidiffusion.bench.rows import CONTROL, read_rows
+from antidiffusion.bench.tables import overall
 
 HERE = Path(__file__).parent
 PLOT = HERE.parent / "docs" / "compute.png"

@@ -83,9 +83,9 @@ def compared(model: str, name: str, precision: str) -> dict[str, float]:
     import reference_official
     import torch
 
+    from antidiffusion.pictures.canvas import Canvas
     from antidiffusion.process import keep_freed_memory
     from antidiffusion.recipes import PRESETS, RECIPES
-    from antidiffusion.resolution import Canvas
 
     if name != REFERENCE:
         keep_freed_memory()  # as the command does
@@ -126,9 +126,9 @@ def profiled(model: str, precision: str) -> dict[str, Any]:
     """
     import torch
 
+    from antidiffusion.pictures.canvas import Canvas
     from antidiffusion.process import keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
-    from antidiffusion.resolution import Canvas
 
     keep_freed_memory()
     surrogate, pixels = prepared(model, 1, precision)

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.tuning import denoising, tunable
 from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
-from antidiffusion.optimize import gradient
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes import (
     PERTURBATION,
     PRESETS,
@@ -38,9 +40,7 @@ from antidiffusion.recipes import (
     Recipe,
     posteriors,
 )
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import denoising, tunable
+from antidiffusion.recipes.ascent import gradient
 
 ENCODING, BALANCED = "encoding", "perturbation that balances"
 

@@ -41,9 +41,9 @@ def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int,
     import shapes
     import torch
 
+    from antidiffusion.pictures.canvas import Canvas
     from antidiffusion.process import give_back_freed_memory, keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
-    from antidiffusion.resolution import Canvas
 
     give_back_freed_memory() if low_memory else keep_freed_memory()  # as the command does
     torch.set_num_threads(threads)

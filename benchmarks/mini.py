@@ -26,12 +26,12 @@ from torch import Generator, Tensor
 from antidiffusion import Picture, Surrogate
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.sdedit import SDEdit
-from antidiffusion.budget import Linf
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.optimize import ascend
+from antidiffusion.models.sampling import sample
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.protection import versions
-from antidiffusion.resolution import Canvas
-from antidiffusion.sampling import sample
+from antidiffusion.recipes.ascent import ascend
 
 HERE = Path(__file__).parent
 BUDGETS = (2, 4, 8, 16)

@@ -15,7 +15,7 @@ import torch
 
 from antidiffusion import Surrogate
 from antidiffusion.bench import ROWS, Plan, run
-from antidiffusion.report.rows import CONTROL
+from antidiffusion.bench.rows import CONTROL
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "precision"

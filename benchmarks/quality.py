@@ -20,8 +20,8 @@ from antidiffusion import Surrogate
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
+from antidiffusion.models.sampling import sample
 from antidiffusion.protection import versions
-from antidiffusion.sampling import sample
 
 HERE = Path(__file__).parent
 COUNT, BATCH = 256, 16

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 TOKENS = 77
 

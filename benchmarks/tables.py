@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from antidiffusion.report.estimates import PRIMARY, per_item, sound, unpurified
-from antidiffusion.report.rows import CLEAN, CONTROL, Row, read_rows
-from antidiffusion.report.tables import ranking
+from antidiffusion.bench.estimates import PRIMARY, per_item, sound, unpurified
+from antidiffusion.bench.rows import CLEAN, CONTROL, Row, read_rows
+from antidiffusion.bench.tables import ranking
 
 RESULTS = Path(__file__).parent / "results"
 LEADING = ("anti-diffusion", "anti-diffusion, quick", "aspl", "simac", "fsmg", "advdm", "official", CONTROL, CLEAN)

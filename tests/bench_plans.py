@@ -6,7 +6,7 @@ import numpy as np
 from command_line import draw
 from PIL import Image
 
-from antidiffusion import people
+from antidiffusion.data import people
 
 PLAN = """
 surrogate = "{model}"

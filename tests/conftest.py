@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from sd_layout import original_state, rename
 
 import antidiffusion.cli.shared
+import antidiffusion.models.weights
 import antidiffusion.protection
-import antidiffusion.weights
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no failure
 settings.load_profile("tests")
 
-TOKENIZER = Path(antidiffusion.weights.__file__).parent / "mini" / "model" / "tokenizer"
+TOKENIZER = Path(antidiffusion.models.weights.__file__).parents[1] / "mini" / "model" / "tokenizer"
 VERSION_1 = {  # UNet2DConditionModel's defaults are Stable Diffusion 1.x
     "block_out_channels": (32, 64, 64, 64),
     "norm_num_groups": 16,

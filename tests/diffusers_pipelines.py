@@ -4,7 +4,7 @@ from typing import Any
 
 import diffusers
 
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 
 def pipeline(surrogate: Surrogate, kind: str = "", **more: Any) -> Any:

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from antidiffusion.report.rows import Row
+from antidiffusion.bench.rows import Row
 
 NUMBERS = count()
 FAILED = ["clean attack failed"]

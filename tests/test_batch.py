@@ -10,8 +10,8 @@ from PIL import Image
 import antidiffusion.batch
 import antidiffusion.protection
 from antidiffusion.batch import Job, Outcome, plan, run
+from antidiffusion.models.base import Surrogate
 from antidiffusion.recipes import AntiDiffusion, RandomSign
-from antidiffusion.surrogate import Surrogate
 
 WHOLE = AntiDiffusion(steps=1, rounds=1, prompt_steps=1, tuning_steps=1)
 

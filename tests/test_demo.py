@@ -17,9 +17,9 @@ from antidiffusion.attacks.base import Attack
 from antidiffusion.attacks.masactrl import MasaCtrl
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.demo import MAGNIFY, PROMPTS, VERSIONS, run_demo
-from antidiffusion.picture import Picture
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.picture import Picture
 from antidiffusion.recipes import AntiDiffusion
-from antidiffusion.surrogate import Surrogate
 
 PORTRAITS = sorted(p.name for p in resources.files("antidiffusion").joinpath("mini", "portraits").iterdir())
 ATTACKS: dict[str, Attack] = {"SDEdit": SDEdit(strength=0.04), "MasaCtrl": MasaCtrl(steps=2)}

@@ -7,9 +7,9 @@ import pytest
 
 import antidiffusion.forecast
 from antidiffusion.forecast import forecast
-from antidiffusion.picture import Picture
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.picture import Picture
 from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion, Recipe
-from antidiffusion.surrogate import Surrogate
 
 SECONDS = {PROMPT: 1.0, TUNING: 3.0, PERTURBATION: 2.0}
 SLOW_FIRST, AROUND = 50.0, 7.0

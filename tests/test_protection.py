@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
 import antidiffusion.protection
-from antidiffusion.picture import Picture, PictureError
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.canvas import Canvas, view_size
+from antidiffusion.pictures.picture import Picture, PictureError
 from antidiffusion.protection import HELD_OUT_PROMPT, Protected, effect, protect
 from antidiffusion.recipes import AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe, Trace
-from antidiffusion.resolution import Canvas, view_size
-from antidiffusion.surrogate import Surrogate
 
 CHEAP = AntiDiffusion(steps=1, rounds=0, prompt_steps=0)
 WALL = replace(CHEAP, step_size=100)  # one step against the wall

@@ -7,12 +7,12 @@ __version__ = "0.1.0"
 __all__ = ["RECIPES", "Picture", "Surrogate", "__version__", "protect"]
 
 if TYPE_CHECKING:
-    from antidiffusion.picture import Picture
+    from antidiffusion.models.base import Surrogate
+    from antidiffusion.pictures.picture import Picture
     from antidiffusion.protection import protect
     from antidiffusion.recipes import RECIPES
-    from antidiffusion.surrogate import Surrogate
 
-_HOMES = {"RECIPES": "recipes", "Picture": "picture", "Surrogate": "surrogate", "protect": "protection"}
+_HOMES = {"RECIPES": "recipes", "Picture": "pictures.picture", "Surrogate": "models.base", "protect": "protection"}
 
 
 def __getattr__(name: str) -> Any:

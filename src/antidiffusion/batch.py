@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from antidiffusion.picture import READABLE, WRITERS, Picture, PictureError
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.picture import READABLE, WRITERS, Picture, PictureError
 from antidiffusion.protection import Protected, card_path, protect
 from antidiffusion.recipes import Progress, Recipe
-from antidiffusion.surrogate import Surrogate
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
 OUT_OF_MEMORY = re.compile("(out of|allocate|enough) memory")  # PyTorch says so in a RuntimeError

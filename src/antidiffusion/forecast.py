@@ -4,11 +4,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.semantic import BALANCE_EVERY
-from antidiffusion.picture import Picture
+from antidiffusion.pictures.picture import Picture
 from antidiffusion.protection import peak_memory, protect
 from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion
-from antidiffusion.surrogate import Surrogate
 
 WARM = {PROMPT: 1, TUNING: 1, PERTURBATION: BALANCE_EVERY}
 """Steps of each stage that are not timed: first ones are slow."""

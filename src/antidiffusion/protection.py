@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attention import coarsest_layers, mean_map, record_attention
-from antidiffusion.budget import Linf
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.picture import Picture, PictureError, linf
+from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
+from antidiffusion.models.base import Surrogate, randn
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas, view_size
+from antidiffusion.pictures.picture import Picture, PictureError, linf
 from antidiffusion.recipes import RECIPES, Progress, Recipe
-from antidiffusion.resolution import Canvas, view_size
-from antidiffusion.surrogate import Surrogate, randn
 
 HELD_OUT_PROMPT = "a photo of a person"  # no recipe tunes on it
 HELD_OUT_STEPS = 8  # stratified time steps of the card's losses

@@ -9,7 +9,7 @@ from stock import PORTRAIT, PROMPT
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.custom_diffusion import FILE, CustomDiffusion
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 
 def keys_and_values(unet: Any) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.diffedit import DiffEdit, difference
 from antidiffusion.attacks.inversion import invert
-from antidiffusion.sampling import denoise
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import denoise
 
 SOURCE, TARGET = "a portrait of a person", "a red hat"
 PROMPTS = Prompts(TARGET, SOURCE)

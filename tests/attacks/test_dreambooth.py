@@ -9,8 +9,8 @@ from stock import PORTRAIT, PROMPT
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.dreambooth import DreamBooth
-from antidiffusion.sampling import sample
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import sample
 
 OPTIONS: dict[str, Any] = {"steps": 2, "learning_rate": 1e-4}
 CLASS = "a photo of person"

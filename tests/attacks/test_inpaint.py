@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.inpaint import Inpaint
 from antidiffusion.attacks.sdedit import SDEdit
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 PROMPT = "a portrait of a person wearing a hat"
 

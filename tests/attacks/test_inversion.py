@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 import antidiffusion
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.inversion import check_settings, edit_beside_source, invert
-from antidiffusion.sampling import denoise
-from antidiffusion.surrogate import NoiseSchedule, Surrogate, randn
+from antidiffusion.models.base import NoiseSchedule, Surrogate, randn
+from antidiffusion.models.sampling import denoise
 
 PROMPT = "a portrait of a woman, wearing a white sweater, on a blue background"
 

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.lora import LoRA, load_lora
-from antidiffusion.sampling import sample
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import sample
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -8,9 +8,9 @@ import antidiffusion.attacks.masactrl
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.inversion import invert
 from antidiffusion.attacks.masactrl import MasaCtrl
-from antidiffusion.attention import SharingProcessor
-from antidiffusion.sampling import denoise
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.attention import SharingProcessor
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import denoise
 
 SOURCE, TARGET = "a portrait of a person", "a portrait of a person wearing a hat"
 PROMPTS = Prompts(TARGET, SOURCE)

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
-from antidiffusion.picture import Picture
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.picture import Picture
 
 
 def test_fitted_keeps_the_aspect_and_squared_cuts(tiny: Surrogate) -> None:

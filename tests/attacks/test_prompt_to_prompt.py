@@ -15,9 +15,9 @@ from antidiffusion.attacks.prompt_to_prompt import (
     reweighted,
     words,
 )
-from antidiffusion.attention import EditingProcessor
-from antidiffusion.sampling import denoise
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.attention import EditingProcessor
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import denoise
 
 SOURCE, TARGET = "a portrait of a person", "a portrait of a person wearing a hat"
 PROMPTS = Prompts(TARGET, SOURCE)

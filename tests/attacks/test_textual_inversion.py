@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.textual_inversion import TextualInversion, new_token
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 NEW, NEW_PORTRAIT = "a photo of <sks> person", "a dslr portrait of <sks> person"
 

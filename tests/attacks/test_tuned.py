@@ -19,8 +19,8 @@ from antidiffusion.attacks.dreambooth import DreamBooth
 from antidiffusion.attacks.lora import LoRA
 from antidiffusion.attacks.textual_inversion import TextualInversion
 from antidiffusion.attacks.tuned import Tuning
-from antidiffusion.sampling import sample, silent
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import sample, silent
 
 SHORT: dict[str, Any] = {"steps": 2, "sampling_steps": 2, "guidance": 3.0, "learning_rate": 1e-2}
 ATTACKS = [

@@ -7,8 +7,8 @@ from bench_plans import write_plan
 
 import antidiffusion.bench
 from antidiffusion.bench.plan import ALL, HALF, Folder, Plan
+from antidiffusion.bench.rows import CLEAN, CONTROL
 from antidiffusion.recipes import AdvDM, AntiDiffusion
-from antidiffusion.report.rows import CLEAN, CONTROL
 
 SHIPPED = Path(antidiffusion.bench.__file__).parent
 

@@ -15,9 +15,9 @@ from conftest import Checkpoint
 
 import antidiffusion.bench.trials
 from antidiffusion.bench import ROWS, Plan, run
+from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK
 from antidiffusion.bench.runner import read_rows
-from antidiffusion.report.rows import CLEAN, FAILED_ATTACK
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 MEASURED = {"seconds", "peak_memory_mb"}
 

@@ -12,16 +12,16 @@ import antidiffusion.bench.trials
 from antidiffusion.attacks import LoRA
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, squared
+from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.bench.plan import HALF, Plan, Trial
+from antidiffusion.bench.rows import CLEAN, CONTROL, FAILED_ATTACK, Row
 from antidiffusion.bench.trials import EXCEEDED, LOSSY, ZERO, Laboratory, Task
-from antidiffusion.defense_edit import read, synthetic
+from antidiffusion.data.defense_edit import read, synthetic
+from antidiffusion.data.people import Person
 from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.people import Person
-from antidiffusion.picture import Picture
-from antidiffusion.purify import PURIFIERS
-from antidiffusion.report.rows import CLEAN, CONTROL, FAILED_ATTACK, Row
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.picture import Picture
 
 ELSEWHERE = """
 recipes.theirs = {{ folder = "elsewhere" }}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.cli import attacking
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 EDIT = ["--prompt", "a red hat", "-o", "x.png", "--steps", "2"]
 TUNE = ["--prompt", "a photo of sks person", "-o", "x.png", "--steps", "1"]

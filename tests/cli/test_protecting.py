@@ -26,9 +26,9 @@ import antidiffusion.protection
 import antidiffusion.recipes
 from antidiffusion import __version__
 from antidiffusion.cli.shared import MINI_NOTE
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes import PRESETS, RECIPES, AntiDiffusion, OfficialAntiDiffusion, RandomSign, Trace
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 CONTROL = ["--recipe", "random-sign"]  # the fast one
 

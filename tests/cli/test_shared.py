@@ -7,7 +7,7 @@ import torch
 from command_line import cli
 
 from antidiffusion.cli.shared import fast_dtype
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 DRAWING = ["--steps", "1", "-o", "out.png"]
 

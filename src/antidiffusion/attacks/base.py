@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from antidiffusion.sampling import Report, silent
-from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.sampling import Report, silent
 
 Texts = str | Sequence[str]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from antidiffusion.attacks.prior import PriorTuning
 from antidiffusion.attacks.textual_inversion import check_placeholder, new_token, save_token
 from antidiffusion.attacks.tuned import Task, Training
-from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import restored
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.tuning import restored
 
 FILE = "pytorch_custom_diffusion_weights.safetensors"
 

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.attacks.inversion import invert, report_from
-from antidiffusion.sampling import Report, check_size, denoise, silent
-from antidiffusion.surrogate import Embedding, Posterior, Surrogate, randn
+from antidiffusion.models.base import Embedding, Posterior, Surrogate, randn
+from antidiffusion.models.sampling import Report, check_size, denoise, silent
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from antidiffusion.attacks.prior import PriorTuning
 from antidiffusion.attacks.tuned import Task, Training, pipeline
-from antidiffusion.loading import CARD
-from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import restored
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.loading import CARD
+from antidiffusion.models.tuning import restored
 
 
 @dataclass(frozen=True)

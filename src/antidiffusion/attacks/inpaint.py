@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
-from antidiffusion.sampling import Report, check_size, denoise, silent
-from antidiffusion.surrogate import Surrogate, randn
+from antidiffusion.models.base import Surrogate, randn
+from antidiffusion.models.sampling import Report, check_size, denoise, silent
 
 
 @dataclass(frozen=True)

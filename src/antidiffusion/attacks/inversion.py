@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, embed_each
-from antidiffusion.sampling import Report, check_size, concatenate, denoise, guided, silent
-from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.sampling import Report, check_size, concatenate, denoise, guided, silent
 
 Phase = tuple[int, AbstractContextManager[None]]
 """Steps done when it ends, and what holds until then."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from antidiffusion.attacks.prior import PriorTuning
 from antidiffusion.attacks.tuned import Task, Training, at_least_one, pipeline
-from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import ADAPTER, adapted
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.tuning import ADAPTER, adapted
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.inversion import Phase, check_settings, edit_beside_source
-from antidiffusion.attention import SharingProcessor, processed, self_attention_layers
-from antidiffusion.sampling import Report, silent
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.attention import SharingProcessor, processed, self_attention_layers
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import Report, silent
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antidiffusion.picture import Picture
-from antidiffusion.resolution import Canvas, view_size
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.canvas import Canvas, view_size
+from antidiffusion.pictures.picture import Picture
 
 
 def fitted(picture: Picture, surrogate: Surrogate) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.tuned import Task, Tuning, at_least_one
-from antidiffusion.sampling import sample
-from antidiffusion.surrogate import Embedding, Posterior, Surrogate
-from antidiffusion.tune import Loss, denoising, described, drawn
+from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.sampling import sample
+from antidiffusion.models.tuning import Loss, denoising, described, drawn
 
 TOGETHER = 4  # class pictures drawn at once, as in diffusers' script
 

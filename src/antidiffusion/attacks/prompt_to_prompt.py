@@ -16,9 +16,9 @@ from torch import Tensor
 
 from antidiffusion.attacks.base import Prompts, one_or_each
 from antidiffusion.attacks.inversion import check_settings, edit_beside_source
-from antidiffusion.attention import EditingProcessor, cross_attention_layers, processed, self_attention_layers
-from antidiffusion.sampling import Report, silent
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.attention import EditingProcessor, cross_attention_layers, processed, self_attention_layers
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import Report, silent
 
 PIECE = re.compile(r"[^\s,.;:!?]+|[,.;:!?]+")
 STAGES = ("down_blocks.", "mid_block.", "up_blocks.")

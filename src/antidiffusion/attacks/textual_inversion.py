@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from antidiffusion.attacks.tuned import Task, Training, Tuning
-from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import described, drawn
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.tuning import described, drawn
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, Texts
-from antidiffusion.sampling import Report, check_size, sample, silent
-from antidiffusion.surrogate import Embedding, Posterior, Surrogate
-from antidiffusion.tune import Loss, fit
+from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.sampling import Report, check_size, sample, silent
+from antidiffusion.models.tuning import Loss, fit
 
 
 @dataclass

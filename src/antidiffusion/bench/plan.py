@@ -9,16 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from antidiffusion import defense_edit, people
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.attacks.base import Attack
+from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.attacks.tuned import Tuning
-from antidiffusion.budget import Linf
-from antidiffusion.defense_edit import Item
-from antidiffusion.people import Person
-from antidiffusion.purify import PURIFIERS
+from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED
+from antidiffusion.data import defense_edit, people
+from antidiffusion.data.defense_edit import Item
+from antidiffusion.data.people import Person
+from antidiffusion.pictures.budget import Linf
 from antidiffusion.recipes import RECIPES, Recipe
-from antidiffusion.report.rows import CLEAN, CONTROL, UNPURIFIED
 
 T = TypeVar("T")
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from antidiffusion import report
+from antidiffusion.bench import report
 from antidiffusion.bench.plan import Plan, Trial
+from antidiffusion.bench.rows import CLEAN, Row
 from antidiffusion.bench.trials import PICTURES, Laboratory, Task, protection
 from antidiffusion.metrics.identity import face_models
-from antidiffusion.report.rows import CLEAN, Row
-from antidiffusion.surrogate import Surrogate
+from antidiffusion.models.base import Surrogate
 
 ROWS = "rows.jsonl"
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)

@@ -14,21 +14,21 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
+from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.bench.plan import HALF, Folder, Plan, Trial
-from antidiffusion.defense_edit import Item, asked
+from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK, UNPURIFIED, Row
+from antidiffusion.data.defense_edit import Item, asked
+from antidiffusion.data.people import Person
 from antidiffusion.metrics.arcface import ArcFace
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.metrics.identity import DlibFaces, Faces, distance, fdfr, ism, likeness
 from antidiffusion.metrics.perceptual import LPIPS
 from antidiffusion.metrics.semantic import ClipScore
-from antidiffusion.people import Person
-from antidiffusion.picture import READABLE, WRITERS, Picture, linf
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.sampling import sample
+from antidiffusion.pictures.picture import READABLE, WRITERS, Picture, linf
 from antidiffusion.protection import effect, peak_memory, protect, versions
-from antidiffusion.purify import PURIFIERS
-from antidiffusion.report.rows import CLEAN, FAILED_ATTACK, UNPURIFIED, Row
-from antidiffusion.sampling import sample
-from antidiffusion.surrogate import Surrogate
 
 PICTURES = "pictures"
 UNCHANGED = 0.98  # SSIM to the source above which an edit has done nothing

@@ -39,7 +39,7 @@ def sample(
     with usage():
         from torch import Generator
 
-        from antidiffusion.sampling import sample as sampled
+        from antidiffusion.models.sampling import sample as sampled
 
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
         with _reporting("drawing") as progress:
@@ -73,7 +73,7 @@ def edit(
         from antidiffusion.attacks import EDITS
         from antidiffusion.attacks.base import Prompts
         from antidiffusion.attacks.pictures import fitted, fitted_mask
-        from antidiffusion.picture import Picture
+        from antidiffusion.pictures.picture import Picture
 
         chosen = _choose(EDITS, method, {"--strength": strength, "--guidance": guidance, "--steps": steps})
         if (mask is not None) != (method == "inpaint"):
@@ -135,7 +135,7 @@ def attack(
         from antidiffusion.attacks import TUNINGS
         from antidiffusion.attacks.pictures import squared
         from antidiffusion.batch import expect_new, pictures_in
-        from antidiffusion.picture import Picture
+        from antidiffusion.pictures.picture import Picture
 
         options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
         options |= {"--class-prompt": class_prompt, "--guidance": guidance, "--text-encoder": text_encoder or None}
@@ -198,7 +198,7 @@ def _prepare(
 
 def _write(x: Any, output: Path, overwrite: bool) -> None:
     """Write pictures `(B, 3, H, W)` in [0, 1] side by side."""
-    from antidiffusion.picture import Picture
+    from antidiffusion.pictures.picture import Picture
 
     strip = x.permute(2, 0, 3, 1).flatten(1, 2)  # (H, B W, 3)
     Picture((strip * 255).round().byte().cpu().numpy()).write(output, overwrite=overwrite)

@@ -130,7 +130,7 @@ def _forecast(
     jobs: list[Any], recipe: Any, surrogate: Any, together: bool, side: int | None, format_: OutputFormat
 ) -> str:
     from antidiffusion.forecast import forecast
-    from antidiffusion.picture import Picture
+    from antidiffusion.pictures.picture import Picture
 
     pictures = [Picture.read(job.source) for job in jobs]
     found = forecast(pictures, recipe, surrogate, together=together, side=side)
@@ -191,7 +191,7 @@ def demo(
 
 def choose_recipe(name: str, preset: str | None, options: dict[str, Any]) -> Any:
     """Return the recipe with the options that were given: those that are not None."""
-    from antidiffusion.budget import Linf
+    from antidiffusion.pictures.budget import Linf
     from antidiffusion.recipes import PRESETS, RECIPES
 
     if name not in RECIPES:

@@ -22,7 +22,7 @@ def report(
     """Turn a benchmark's rows into one page with tables, plots and pictures, into Markdown, or into CSV."""
     with usage():
         from antidiffusion.batch import expect_new, make_writable
-        from antidiffusion.report import expect_suffix, read_rows, render, write
+        from antidiffusion.bench.report import expect_suffix, read_rows, render, write
 
         for output in outputs:
             expect_suffix(output)

@@ -111,7 +111,7 @@ def load_surrogate(
         import torch
         import transformers
 
-        from antidiffusion.surrogate import Surrogate
+        from antidiffusion.models.base import Surrogate
 
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antidiffusion.metrics.pictures import check_pictures
-from antidiffusion.surrogate import warn_of_cuts
+from antidiffusion.models.base import warn_of_cuts
 
 
 class ClipScore:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.objectives import Objective
-from antidiffusion.surrogate import Embedding, Surrogate
 
 
 @dataclass

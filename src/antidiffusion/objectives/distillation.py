@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.objectives.denoising import predicted_noise, with_slope
-from antidiffusion.surrogate import Embedding, Surrogate
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from antidiffusion.surrogate import Embedding, Surrogate, randn
+from antidiffusion.models.base import Embedding, Surrogate, randn
 
 
 @dataclass

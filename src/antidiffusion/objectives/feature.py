@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.surrogate import Embedding, Surrogate, randn
+from antidiffusion.models.base import Embedding, Surrogate, randn
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from antidiffusion.models.base import Embedding, Surrogate, randn
 from antidiffusion.objectives import Objective
 from antidiffusion.objectives.denoising import predicted_noise
-from antidiffusion.surrogate import Embedding, Surrogate, randn
 
 GREY = 0.5  # zero in the model's range [-1, 1]
 ITERATIONS = 15  # of the contour, at most: the released code's

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.models.base import Embedding, Surrogate
 
 
 @dataclass

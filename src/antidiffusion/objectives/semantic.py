@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attention import coarsest_layers, mean_map, record_attention
-from antidiffusion.surrogate import Embedding, Surrogate
+from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
+from antidiffusion.models.base import Embedding, Surrogate
 
 
 def zero(attention: Tensor, clean: Tensor | None) -> Tensor:

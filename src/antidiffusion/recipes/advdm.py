@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import Generator
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.denoising import Denoising
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.base import Progress, Trace, climb
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from antidiffusion.budget import Linf
+from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.tuning import Loss, denoising, fit, tunable
 from antidiffusion.objectives.semantic import DenoisingSemantic
-from antidiffusion.optimize import Momentum, ascend, batches, decayed, scatter, views
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.recipes.ascent import Momentum, ascend, batches, decayed, scatter, views
 from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Trace, posteriors
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Embedding, Surrogate
-from antidiffusion.tune import Loss, denoising, fit, tunable
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class AntiDiffusion(Alternation):
     Arguments:
         sdl_weight: lambda; see above.
         step_size: Of the first sign step, in 1/255 units; a quarter of the budget if None.
-        momentum: Weight of the earlier gradients in a step's direction, see `antidiffusion.optimize.Momentum`.
+        momentum: Weight of the earlier gradients in a step's direction, see `antidiffusion.recipes.ascent.Momentum`.
         noise_weight, clean_weight: Of the distance from what the model is trained to predict, the paper's, and from the
             answer for the clean picture, see `antidiffusion.objectives.semantic.DenoisingSemantic`.
-        tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`.
+        tuning: "full", "lora" or "auto", see `antidiffusion.models.tuning.tunable`.
         sdl: Variant of the semantic disturbance loss, see `antidiffusion.objectives.semantic`.
         low_memory: Recompute activations instead of keeping them, and park what is not needed on disk: more time.
     """

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from antidiffusion.budget import Linf
+from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.tuning import described, fit, restored, tunable
 from antidiffusion.objectives import Objective
 from antidiffusion.objectives.denoising import Denoising
-from antidiffusion.optimize import ascend, batches
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.recipes.ascent import ascend, batches
 from antidiffusion.recipes.base import PERTURBATION, TUNING, Progress, Trace, posteriors
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Embedding, Posterior, Surrogate
-from antidiffusion.tune import described, fit, restored, tunable
 
 STEP_SIZE = 5e-3 * 255 / 2  # 5e-3 of the range [-1, 1], in 1/255 units
 
@@ -26,7 +26,7 @@ STEP_SIZE = 5e-3 * 255 / 2  # 5e-3 of the range [-1, 1], in 1/255 units
 def learner(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], float]]:
     """Make the surrogate tunable inside the block as the papers do: full tuning includes the text encoders.
 
-    Arguments and returns as `antidiffusion.tune.tunable`.
+    Arguments and returns as `antidiffusion.models.tuning.tunable`.
     """
     with tunable(surrogate, method) as (weights, learning_rate):
         full = weights[0] is next(surrogate.unet.parameters())
@@ -47,7 +47,7 @@ class Learner:
         steps: Sign steps of a phase.
         step_size: In 1/255 units.
         tuning_steps: AdamW steps of a phase.
-        tuning: "full", "lora" or "auto", see `antidiffusion.tune.tunable`; full includes the text encoders.
+        tuning: "full", "lora" or "auto", see `antidiffusion.models.tuning.tunable`; full includes the text encoders.
         prompt: What the surrogate is tuned to, with the identifier.
     """
 

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.budget import Linf
+from antidiffusion.models.base import Posterior, Surrogate
 from antidiffusion.objectives import Objective
-from antidiffusion.optimize import ascend, batches, decayed, scatter, views
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Posterior, Surrogate
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.recipes.ascent import ascend, batches, decayed, scatter, views
 
 Progress = Callable[[str, int, int], None]
 """Called after every step with the stage's name, the steps done and the steps of the whole run."""

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives import Objective
 from antidiffusion.objectives.first_step import FirstStepNoise, RandomlyMasked
-from antidiffusion.picture import Picture
+from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.pictures.picture import Picture
 from antidiffusion.recipes.base import Progress, Trace, climb
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 
 @dataclass(frozen=True)

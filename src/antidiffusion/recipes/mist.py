@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.latent import Fused
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.base import Progress, Trace, climb
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 LATENT = 4 * 64 * 64  # values of the latent of 512 x 512 pixels, over which the released code sums
 

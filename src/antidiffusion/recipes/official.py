@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Generator
 
-from antidiffusion.budget import Linf
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.tuning import Loss, constant, denoising, tunable
 from antidiffusion.objectives.semantic import Official
-from antidiffusion.optimize import ascend, batches
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.anti_diffusion import Alternation
+from antidiffusion.recipes.ascent import ascend, batches
 from antidiffusion.recipes.base import Progress, Trace, posteriors
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
-from antidiffusion.tune import Loss, constant, denoising, tunable
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.latent import LatentTarget
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.base import Progress, Trace, climb
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 GREY = 0.5
 

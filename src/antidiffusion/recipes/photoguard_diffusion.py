@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.denoising import Mean
 from antidiffusion.objectives.editing import EditTarget
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.base import Progress, Trace, climb
 from antidiffusion.recipes.photoguard import GREY
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from antidiffusion.budget import Linf
+from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.base import PERTURBATION, Progress, Trace
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Generator
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.distillation import Distillation
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.base import Progress, Trace, climb
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Surrogate
 
 
 @dataclass(frozen=True)

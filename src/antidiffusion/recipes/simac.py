@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.budget import Linf
+from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.objectives import Objective
 from antidiffusion.objectives.feature import DenoisingFeature
-from antidiffusion.optimize import batches, gradient, views
+from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes.anti_dreambooth import ASPL
+from antidiffusion.recipes.ascent import batches, gradient, views
 from antidiffusion.recipes.base import Progress, Trace
-from antidiffusion.resolution import Canvas
-from antidiffusion.surrogate import Embedding, Surrogate
 
 SELECTION = "time-step selection"
 ENOUGH = 0.1  # share of the steps at which the selection ends: 100 of 1000

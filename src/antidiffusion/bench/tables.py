@@ -1,0 +1,328 @@
+"""What a run's rows say: each table a pure function of them."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+import numpy.typing as npt
+
+from antidiffusion.bench.estimates import (
+    PRIMARY,
+    Estimate,
+    by_attack,
+    by_recipe,
+    draws,
+    estimate,
+    grouped,
+    is_control,
+    mean_rank,
+    per_item,
+    ranks,
+    sound,
+    unpurified,
+)
+from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED, Row, Unit
+from antidiffusion.metrics.statistics import Floats, percentiles
+
+# 1 where more is better for the protector, -1 where less is; columns stand in this order.
+BETTER = {"linf": -1, "psnr": 1, "ssim": 1, "lpips": -1, "loss_ratio": 1}
+BETTER |= {"ssim_to_clean": -1, "psnr_to_clean": -1, "lpips_to_clean": 1, "success": -1, "clip_score": -1}
+BETTER |= {"face_lost": 1, "face_distance": 1, "fdfr": 1, "ism": -1, "likeness": -1, "distance": 1}
+BETTER |= {"seconds": -1}  # no peak memory: the process's so far, which says nothing of a recipe
+OTHER_PROMPT = "_other_prompt"
+DIGITS = {"linf": 0, "psnr": 1, "psnr_to_clean": 1, "seconds": 1, "peak_memory_mb": 0}
+NOTHING = "—"
+ROWS_NAMED = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, whether it is the best of its column, and its colour from 0 (worst for the protector) to 1."""
+
+    text: str
+    best: bool = False
+    tone: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of cells under columns, the first of which names the line."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def head(rows: Sequence[Row]) -> list[Table]:
+    """Say what was run, and which rows are to be read with care."""
+    items: dict[str, set[str]] = {}
+    for row in rows:
+        items.setdefault(row.dataset, set()).add(row.item)
+    models = {(row.surrogate if row.kind == "protection" else row.attacker, row.model) for row in rows}
+    facts = {
+        "rows": ", ".join(f"{len(group)} of {kind}" for kind, group in grouped(rows, lambda row: row.kind).items()),
+        "data sets": ", ".join(f"{name}: {_count(len(found), 'item')}" for name, found in sorted(items.items())),
+        "seeds": _listed(row.seed for row in rows),
+        "models": _listed(f"{name} {model}" for name, model in models),
+        "budgets": _listed(f"{row.budget:g}/255" for row in rows if row.budget is not None),
+        "versions": _listed(f"{name} {version}" for row in rows for name, version in row.versions.items()),
+        "measured with": _listed(f"{name}: {backend}" for row in rows for name, backend in row.backends.items()),
+        "settings that differ": _listed(_inconsistent(rows)),
+    }
+    lines = tuple((Cell(name), Cell(fact)) for name, fact in facts.items() if fact)
+    flagged = grouped(((flag, row) for row in rows for flag in sorted(set(row.flags))), lambda pair: pair[0])
+    care = tuple(
+        (Cell(flag), Cell(str(len(pairs))), Cell(_concerned([row for _, row in pairs])))
+        for flag, pairs in flagged.items()
+    )
+    tables = [Table("What was run", ("", "of this run"), lines)]
+    return [*tables, Table("Flags", ("flag", "rows", "which"), care)] if care else tables
+
+
+def protection(rows: Sequence[Row]) -> list[Table]:
+    """Say what each recipe does to a picture, and what it costs."""
+    group = [row for row in rows if row.kind == "protection"]
+    return [_metrics_table("What is published", group, ["seconds", "peak_memory_mb"])] if group else []
+
+
+def attacks(rows: Sequence[Row]) -> list[Table]:
+    """Say what each attack makes of each recipe's pictures, without purifier, and how that differs from the control."""
+    tables = []
+    for title, group in by_attack(unpurified(rows)).items():
+        table, primary = _metrics_table(title, group), PRIMARY[group[0].kind]
+        lines = tuple((*line, Cell(_difference(group, line[0].text, primary))) for line in table.lines)
+        tables.append(replace(table, columns=(*table.columns, f"{primary}, difference to {CONTROL}"), lines=lines))
+    return tables
+
+
+def ranking(rows: Sequence[Row]) -> list[Table]:
+    """Rank the recipes by the primary metric's mean in every attack by the protector's model, without purifier.
+
+    The interval of the mean rank comes from resamples of the items, the same for all recipes and attacks.
+    """
+    candidates = [row for row in unpurified(rows) if row.own and row.kind in PRIMARY and row.recipe != CLEAN]
+    kept = [row for row in sound(candidates) if row.figures.get(PRIMARY[row.kind]) is not None]
+    if not kept:
+        return []
+    recipes, groups, units = list(by_recipe(kept)), by_attack(kept), sorted({row.unit for row in kept})
+    scores = [_scores(group, recipes, units) for group in groups.values()]
+    once = [ranks(np.ones((1, len(units))), score) for score in scores]
+    mean = mean_rank(once)[0]
+    strata = tuple(dataset for dataset, _ in units)
+    drawn = None
+    if len(strata) > len(set(strata)):
+        counts = np.array([np.bincount(draw, minlength=len(units)) for draw in draws(strata)], dtype=np.float64)
+        drawn = mean_rank([ranks(counts, score) for score in scores])
+    lines = []
+    for k in sorted(range(len(recipes)), key=lambda k: (mean[k], recipes[k])):
+        own = [float(rank[0, k]) for rank in once]
+        interval = None if drawn is None else percentiles(drawn[np.isfinite(drawn[:, k]), k])
+        took_part = sum(np.isfinite(own))
+        text = _text(Estimate(float(mean[k]), interval, 0), 2)
+        text += f", {took_part} of {len(own)} attacks" if took_part < len(own) else ""
+        cells = [_rank(rank, np.isfinite(score), k) for rank, score in zip(own, scores, strict=True)]
+        lines.append((Cell(recipes[k]), Cell(text, mean[k] == np.nanmin(mean)), *cells))
+    left_out = len(candidates) - len(sound(candidates))
+    note = f"1 is best for the protector; {_items(kept)}."
+    note += f" {_count(left_out, 'row')} left out because the attack fails on the clean picture already."
+    return [Table("Ranks", ("recipe", "mean rank", *groups), tuple(lines), note)]
+
+
+def purifiers(rows: Sequence[Row]) -> list[Table]:
+    """Say what washing the pictures first does to the primary metric, attack by attack."""
+    tables = []
+    for title, group in by_attack(sound(rows)).items():
+        metric = PRIMARY[group[0].kind]
+        names = sorted({row.purifier for row in group} - {UNPURIFIED})
+        grid = {recipe: _by_purifier(own, metric) for recipe, own in by_recipe(group).items()}
+        shade = _shading([value for line in grid.values() for value in line.values()], metric)
+        lines = []
+        for recipe, line in grid.items():
+            washed = {name: line[name] for name in names if name in line}
+            missing = f" ({len(washed)} of {len(names)})" if len(washed) < len(names) else ""
+            worst = min(washed, key=lambda name: BETTER[metric] * washed[name], default="")
+            summary = [
+                shade(line.get(UNPURIFIED)),
+                shade(fmean(washed.values()) if washed else None, missing),
+                shade(washed.get(worst), f" ({worst})"),
+            ]
+            if line:
+                lines.append((Cell(recipe), *summary, *(shade(washed.get(name)) for name in names)))
+        columns = ("recipe", UNPURIFIED, "mean of purifiers", "worst of purifiers", *names)
+        if names and lines:
+            tables.append(Table(f"{title}: {_arrow(metric)}", columns, tuple(lines), f"{_items(group)}."))
+    return tables
+
+
+def transfer(rows: Sequence[Row]) -> list[Table]:
+    """Say how the primary metric holds against attackers with another model than the protector's, without purifier."""
+    tables = []
+    for title, group in by_attack(unpurified(sound(rows)), attackers=False).items():
+        attackers, metric = sorted({row.attacker for row in group}), PRIMARY[group[0].kind]
+        if len(attackers) < 2:
+            continue
+        lines, items = [], len({row.unit for row in group})
+        for recipe, own in by_recipe(group).items():
+            found = [_of([row for row in own if row.attacker == attacker], metric) for attacker in attackers]
+            if any(found):
+                lines.append((Cell(recipe), *(Cell(_text(value, 3, items)) for value in found)))
+        columns = ("recipe", *(f"by {attacker}" for attacker in attackers))
+        tables.append(Table(f"{title}: {_arrow(metric)}", columns, tuple(lines), f"{_items(group)}."))
+    return tables
+
+
+def overall(rows: Sequence[Row], kind: str) -> dict[str, float]:
+    """Return the primary metric's mean over the attacks of a kind, as ranked, of the recipes that have them all."""
+    kept = [row for row in unpurified(sound(rows)) if row.kind == kind and row.own]
+    groups = [by_recipe(group) for group in by_attack(kept).values()]
+    found = {recipe: [_of(group.get(recipe, []), PRIMARY[kind]) for group in groups] for recipe in by_recipe(kept)}
+    return {name: fmean(each.mean for each in means if each) for name, means in found.items() if all(means)}
+
+
+def _metrics_table(title: str, rows: Sequence[Row], more: Sequence[str] = ()) -> Table:
+    present = {metric for row in rows for metric in row.metrics}
+    metrics = [*sorted(present, key=_column), *more]
+    recipes = by_recipe(rows)
+    items = len({row.unit for row in rows})
+    columns = []
+    for metric in metrics:
+        found = {recipe: _of(own, metric) for recipe, own in recipes.items()}
+        texts = {recipe: _text(value, DIGITS.get(_plain(metric), 3), items) for recipe, value in found.items()}
+        values = {recipe: value.mean for recipe, value in found.items() if value}
+        if metric == "linf":
+            values = {recipe: max(per_item(own, metric).values()) for recipe, own in recipes.items() if found[recipe]}
+            texts |= {recipe: f"{value:g}" for recipe, value in values.items()}
+        best = _best({recipe: value for recipe, value in values.items() if recipe != CLEAN}, metric)
+        columns.append([Cell(texts[recipe], recipe in best) for recipe in recipes])
+    lines = tuple((Cell(recipe), *(column[i] for column in columns)) for i, recipe in enumerate(recipes))
+    return Table(title, ("recipe", *map(_arrow, metrics)), lines, f"{_items(rows)}.")
+
+
+def _difference(rows: Sequence[Row], recipe: str, metric: str) -> str:
+    """Return the mean difference to the control over the items that both have, in words if it is for the worse."""
+    if recipe == CLEAN or is_control(recipe):
+        return ""
+    made = [row for row in rows if row.recipe == recipe]
+    how = {(row.surrogate, row.budget) for row in made}
+    own = per_item(made, metric)
+    control = per_item((row for row in rows if is_control(row.recipe) and (row.surrogate, row.budget) in how), metric)
+    found = estimate({unit: value - control[unit] for unit, value in own.items() if unit in control})
+    text = _text(found, 3, max(len(own), len(control)), sign="+")
+    worse = found and found.interval and max(BETTER[metric] * end for end in found.interval) < 0
+    return f"{text} worse than {CONTROL}" if worse else text
+
+
+def _scores(rows: Sequence[Row], recipes: Sequence[str], units: Sequence[Unit]) -> Floats:
+    """Return the primary metric `(units, recipes)`, less for the better, NaN where there is none."""
+    metric = PRIMARY[rows[0].kind]
+    scores = np.full((len(units), len(recipes)), np.nan)
+    for recipe, own in by_recipe(rows).items():
+        for unit, value in per_item(own, metric).items():
+            scores[units.index(unit), recipes.index(recipe)] = -BETTER[metric] * value
+    return scores
+
+
+def _by_purifier(rows: Sequence[Row], metric: str) -> dict[str, float]:
+    """Return the mean under each purifier that has one."""
+    found = {name: _of(washed, metric) for name, washed in grouped(rows, lambda row: row.purifier).items()}
+    return {name: value.mean for name, value in found.items() if value}
+
+
+def _rank(rank: float, present: npt.NDArray[np.bool_], recipe: int) -> Cell:
+    """Write the rank of a recipe by an attack, with the number of its items if others have more; `(units, recipes)`."""
+    if np.isnan(rank):
+        return Cell(NOTHING)
+    count = present[:, recipe].sum()
+    return Cell(f"{rank:g}" + (f", n={count}" if count < present.any(1).sum() else ""), best=rank == 1)
+
+
+def _shading(values: Sequence[float], metric: str) -> Callable[..., Cell]:
+    """Return what makes a coloured cell of a value, on the scale of all values of its table."""
+    low, high = (min(values), max(values)) if values else (0, 0)
+
+    def cell(value: float | None, more: str = "") -> Cell:
+        if value is None:
+            return Cell(NOTHING)
+        share = (value - low) / (high - low) if high > low else 0.5
+        return Cell(f"{value:.3f}{more}", tone=round(share if BETTER[metric] > 0 else 1 - share, 3))
+
+    return cell
+
+
+def _of(rows: Iterable[Row], metric: str) -> Estimate | None:
+    return estimate(per_item(rows, metric))
+
+
+def _text(found: Estimate | None, digits: int, items: int = 0, sign: str = "") -> str:
+    """Write an estimate, with the number of its items if there should be more."""
+    if found is None:
+        return NOTHING
+    form = f"{sign}.{digits}f"
+    ends = "" if found.interval is None else " [{}, {}]".format(*(format(end, form) for end in found.interval))
+    return f"{found.mean:{form}}{ends}" + (f", n={found.count}" if found.count < items else "")
+
+
+def _best(values: Mapping[str, float], metric: str) -> set[str]:
+    """Return the recipes whose value is best for the protector: none if nobody knows which is, or all are equal."""
+    better = BETTER.get(_plain(metric), 0)
+    signed = {recipe: round(better * value, 9) for recipe, value in values.items()}
+    top = max(signed.values(), default=0)
+    return (
+        {recipe for recipe, value in signed.items() if value == top}
+        if better and min(signed.values(), default=top) < top
+        else set()
+    )
+
+
+def _plain(metric: str) -> str:
+    return metric.removesuffix(OTHER_PROMPT)
+
+
+def _column(metric: str) -> tuple[bool, int, str]:
+    order = list(BETTER)
+    plain = _plain(metric)
+    return metric != plain, order.index(plain) if plain in order else len(order), metric
+
+
+def _arrow(metric: str) -> str:
+    arrow = {1: " ↑", -1: " ↓"}.get(BETTER.get(_plain(metric), 0), "")
+    return f"{'linf, largest' if metric == 'linf' else metric}{arrow}"
+
+
+def _items(rows: Sequence[Row]) -> str:
+    items, seeds = len({row.unit for row in rows}), len({row.seed for row in rows})
+    return f"{_count(items, 'item')}, {_count(seeds, 'seed')}"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values), key=lambda value: (len(str(value)), str(value))))
+
+
+def _concerned(rows: Sequence[Row]) -> str:
+    def name(row: Row) -> str:
+        by = "" if row.own else f"by {row.attacker}"
+        attack = " ".join(part for part in (row.attack or row.kind, row.setting, by) if part)
+        washed = "" if row.purifier == UNPURIFIED else f" after {row.purifier}"
+        return f"{attack} of {row.recipe}{washed}, {row.dataset}/{row.item}, seed {row.seed} ({row.key})"
+
+    more = f"; and {len(rows) - ROWS_NAMED} more, in the CSV" if len(rows) > ROWS_NAMED else ""
+    return "; ".join(name(row) for row in rows[:ROWS_NAMED]) + more
+
+
+def _inconsistent(rows: Sequence[Row]) -> Iterator[str]:
+    """Name what ran with different settings, weights or precision under one name: its figures average over them."""
+    seen: dict[str, set[str]] = {}
+    for row in rows:
+        for role, name in (("recipe", row.recipe), ("attack", row.attack)):
+            if name and name != CLEAN:
+                seen.setdefault(name, set()).add(json.dumps(row.settings.get(role), sort_keys=True))
+        model = row.surrogate if row.kind == "protection" else row.attacker
+        seen.setdefault(f"model {model}", set()).add(row.model)
+    return (f"{name}: {len(found)}" for name, found in seen.items() if len(found) > 1)

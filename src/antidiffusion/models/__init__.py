@@ -1,0 +1,1 @@
+"""Latent diffusion models of every family behind one interface."""

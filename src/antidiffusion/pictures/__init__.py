@@ -1,0 +1,1 @@
+"""Pictures: pixels in, pixels out, inside a budget."""
