@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.models.base import Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent
+from antidiffusion.models.sampling import Report, check_size, denoise, silent, way_down
+from antidiffusion.models.schedule import noised
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,20 @@ class Inpaint:
         mask = F.interpolate(region, scale_factor=1 / surrogate.factor)
         embedding = embed_each(prompts.target, len(x), surrogate)
         generator = Generator().manual_seed(seed)
-        surrogate.scheduler.set_timesteps(self.steps, device=surrogate.device)
-        timesteps = surrogate.scheduler.timesteps[self.steps - int(self.steps * self.strength) :]
+        times = way_down(surrogate, x.shape[-2], x.shape[-1], self.steps, self.strength)
         clean = surrogate.encode(x, generator)
         noise = randn(clean.shape, generator, clean)
 
-        def noised(done: int) -> Tensor:
-            if done == len(timesteps):
-                return clean
-            return surrogate.schedule.add_noise(clean, noise, timesteps[done].expand(len(x)))
+        def kept(done: int) -> Tensor:
+            return clean if done == len(times) - 1 else noised(surrogate.schedule, clean, noise, times[done])
 
         z = denoise(
-            noise if self.strength == 1 else noised(0),
-            timesteps,
+            noise if self.strength == 1 else kept(0),
+            times,
             embedding,
             surrogate,
             guidance=self.guidance,
-            after=lambda done, z: (1 - mask) * noised(done) + mask * z,
+            after=lambda done, z: (1 - mask) * kept(done) + mask * z,
             progress=progress,
         )
         edited = surrogate.decode(z)

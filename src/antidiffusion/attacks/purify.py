@@ -17,6 +17,7 @@ Raises:
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -26,8 +27,11 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
-from antidiffusion.models.sampling import check_size, unconditional
+from antidiffusion.models.sampling import check_size
+from antidiffusion.models.schedule import noised, parts, step
 from antidiffusion.pictures.canvas import filter_matrix
+
+TRAINED = 1000  # steps of the noising, which the papers count by
 
 
 class Purifier(Protocol):
@@ -129,7 +133,7 @@ def diffpure(x: Tensor, surrogate: Surrogate, seed: int, *, t: int = 150, steps:
         Diffusion Models for Adversarial Purification, Nie et al., 2022, arXiv 2205.07460
     """
     z, generator = _encode(x, surrogate), Generator().manual_seed(seed)
-    condition = surrogate.embed([prompt]) if prompt else unconditional(surrogate)
+    condition = surrogate.embed([prompt]) if prompt else surrogate.unconditional()
     return surrogate.decode(_renoise(z, t, steps, condition, surrogate, generator)).to(x)
 
 
@@ -150,7 +154,7 @@ def gridpure(
     """
     _within("rounds", rounds, 1, 1000)
     _within("gamma", gamma, 0, 1)
-    original, condition, generator = _encode(x, surrogate), unconditional(surrogate), Generator().manual_seed(seed)
+    original, condition, generator = _encode(x, surrogate), surrogate.unconditional(), Generator().manual_seed(seed)
     z, (size, origins) = original, _grid(original, surrogate)
     for _ in range(rounds):
         patches = torch.cat([_cut(z, size, origin) for origin in origins])
@@ -188,18 +192,15 @@ def _encode(x: Tensor, surrogate: Surrogate) -> Tensor:
 
 def _renoise(z: Tensor, t: int, steps: int, condition: Embedding, surrogate: Surrogate, generator: Generator) -> Tensor:
     """Noise latents to step t and go back in equal steps, with DDPM's noise in all but the last."""
-    trained = len(surrogate.schedule.signal)
-    if not 1 <= steps <= t < trained or t % steps or trained % (t // steps):
-        raise ValueError(f"expected t = steps x a divisor of {trained}, got t {t}, steps {steps}; try 150 and 15")
-    stride = t // steps
-    surrogate.scheduler.set_timesteps(trained // stride, device=surrogate.device)
-    z = surrogate.schedule.add_noise(z, randn(z.shape, generator, z), torch.full((len(z),), t, device=z.device))
-    for now in range(t, 0, -stride):
-        output = surrogate.predict(z, torch.full((len(z),), now, device=z.device), condition)
-        fresh = randn(z.shape, generator, z)
-        result = surrogate.scheduler.step(output, now, z, eta=1.0, variance_noise=fresh)  # eta 1 is DDPM's sampling
-        z = result.prev_sample
-    return result.pred_original_sample
+    if not 1 <= steps <= t < TRAINED or t % steps:
+        raise ValueError(f"expected t below {TRAINED} that steps divide, got t {t}, steps {steps}; try 150 and 15")
+    schedule, shares = surrogate.schedule, (torch.arange(t, -1, -(t // steps)) + 0.5) / TRAINED  # 0.5 against rounding
+    times = schedule.time(shares).to(z.device)
+    z = noised(schedule, z, randn(z.shape, generator, z), times[0])
+    for now, after in pairwise(times):
+        output, fresh = surrogate.predict(z, now.expand(len(z)), condition), randn(z.shape, generator, z)
+        clean, z = parts(schedule, z, output, now)[0], step(schedule, z, output, now, after, eta=1.0, fresh=fresh)
+    return clean
 
 
 def _grid(z: Tensor, surrogate: Surrogate) -> tuple[tuple[int, int], list[tuple[int, int]]]:

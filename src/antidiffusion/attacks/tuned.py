@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, Texts
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.memory import checkpointed
 from antidiffusion.models.sampling import Report, check_size, sample, silent
 from antidiffusion.models.tuning import Loss, fit
 
@@ -121,7 +122,7 @@ class Tuning:
         batch_size: Pictures in a step, drawn at random without repetition; all if there are fewer.
         guidance: Scale of classifier-free guidance in drawing; 1 turns it off.
         sampling_steps: DDIM steps of drawing.
-        gradient_checkpointing: Recompute the UNet's activations in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute the denoiser's activations in the backward pass: less memory, more time.
     """
 
     full_tuning: ClassVar[bool] = False
@@ -180,7 +181,7 @@ class Tuning:
         task = Task(posterior, prompt, embedding, generator, lambda done: progress(done, total))
         with self._training(task, surrogate) as (parameters, learning_rate, loss, write):
             options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
-            with checkpointed(surrogate.unet, self.gradient_checkpointing):
+            with checkpointed(surrogate.denoiser, self.gradient_checkpointing):
                 for value in fit(parameters, loss, **options):
                     losses.append(value)
                     progress(before + len(losses), total)
@@ -221,30 +222,3 @@ def check_pictures(x: Tensor, surrogate: Surrogate) -> None:
     check_size(x.shape[-2], x.shape[-1], surrogate)
     if not (x.min() >= 0 and x.max() <= 1):  # so that NaN fails too
         raise ValueError(f"expected pixels in [0, 1], got {x.min():.3g} to {x.max():.3g}; divide by 255")
-
-
-@contextmanager
-def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the block, if wanted; a flag set outside stays set."""
-    switch = wanted and not unet.is_gradient_checkpointing
-    try:
-        if switch:
-            unet.enable_gradient_checkpointing()
-        yield
-    finally:
-        if switch:
-            unet.disable_gradient_checkpointing()
-
-
-def pipeline(surrogate: Surrogate) -> Any:
-    """Wrap the surrogate's own modules in diffusers' text-to-image pipeline; nothing is copied but the scheduler."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts["scheduler"] = DDIMScheduler.from_config(surrogate.scheduler.config)  # pipelines correct its settings
-    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
-        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(surrogate.text_encoders) == 2:
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(**parts, **extras, requires_safety_checker=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from antidiffusion.bench import figures, tables
 from antidiffusion.bench.estimates import named_apart
-from antidiffusion.bench.report import figures, tables
 from antidiffusion.bench.rows import Row, read_rows
 from antidiffusion.bench.tables import Table
 

@@ -162,7 +162,9 @@ def attack(
 
 
 def _offloaded(surrogate: Any, wanted: bool) -> AbstractContextManager[None]:
-    return surrogate.offload() if wanted else nullcontext()
+    from antidiffusion.models.memory import offload
+
+    return offload(surrogate) if wanted else nullcontext()
 
 
 def _choose(methods: dict[str, Any], name: str, options: dict[str, Any]) -> Any:

@@ -130,7 +130,7 @@ def load_parts(location: Location, dtype: torch.dtype) -> dict[str, Any]:
         ) from error
     if parts["denoiser"].config.in_channels != parts["vae"].config.latent_channels:
         raise WeightsError(
-            f"expected a text-to-image UNet, got one with {parts['unet'].config.in_channels} input channels; "
+            f"expected a text-to-image UNet, got one with {parts['denoiser'].config.in_channels} input channels; "
             "name the base model instead of its inpainting or depth variant"
         )
     card = location.folder / CARD

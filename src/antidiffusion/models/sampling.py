@@ -54,9 +54,23 @@ def sample(
     check_size(height, width, surrogate)
     shape = (len(prompts), surrogate.channels, height // surrogate.factor, width // surrogate.factor)
     z = randn(shape, generator, torch.empty(0, device=surrogate.device))
-    times = surrogate.schedule.times(steps, surrogate.positions(height, width)).to(surrogate.device)
+    times = way_down(surrogate, height, width, steps)
     embedding = surrogate.embed(prompts)
     return surrogate.decode(denoise(z, times, embedding, surrogate, guidance=guidance, progress=progress))
+
+
+def way_down(surrogate: Surrogate, height: int, width: int, steps: int, strength: float = 1.0) -> Tensor:
+    """Return where a sampler stands that undoes a share of the noising, `(S + 1,)`, descending, on the model's device.
+
+    Arguments:
+        surrogate: The model.
+        height, width: Of the pictures, in pixels.
+        steps: Of the whole way.
+        strength: Share of it that is gone, in (0, 1].
+    """
+    schedule = surrogate.schedule
+    times = schedule.times(steps, surrogate.positions(height, width))
+    return times[schedule.first(steps, strength) :].to(surrogate.device)
 
 
 def check_size(height: int, width: int, surrogate: Surrogate) -> None:
