@@ -17,7 +17,8 @@ from command_line import QUIET, draw
 from PIL import Image
 from report_rows import edit, row, run, tuned, write_rows
 
-from antidiffusion.bench.report import figures, read_rows, render, to_csv, to_html, to_markdown
+from antidiffusion.bench import figures
+from antidiffusion.bench.report import read_rows, render, to_csv, to_html, to_markdown
 from antidiffusion.bench.rows import Row
 
 
@@ -226,5 +227,5 @@ def test_csv_has_every_row() -> None:
 
 
 def test_it_does_without_torch() -> None:
-    code = "import sys, antidiffusion.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, antidiffusion.bench.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=QUIET).returncode == 0
