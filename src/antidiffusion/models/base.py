@@ -209,11 +209,13 @@ class Surrogate:
         Raises:
             WeightsError: If the model cannot be found or has a layout that is not supported.
         """
-        from antidiffusion.models.loading import load_parts
+        from antidiffusion.models.loading import load_parts, trial
 
         with uncollected():
             parts = load_parts(locate(model, config=config, offline=offline), dtype)
-        return cls(name=model, autocast=autocast, **parts).to(device)
+        surrogate = cls(name=model, autocast=autocast, **parts).to(device)
+        trial(surrogate)
+        return surrogate
 
     def to(self, device: str | torch.device) -> "Surrogate":
         """Move the weights to a device, channels-last on CPU and CUDA, whose convolutions are faster so."""

@@ -1,11 +1,12 @@
-"""Read a model's parts from disk with diffusers and transformers, safetensors only."""
+"""Build a surrogate from a location: understand it, read its parts, and try one step."""
 
-import json
 from typing import Any
 
 import torch
 
-from antidiffusion.models.weights import Location, WeightsError
+from antidiffusion.models.headers import WeightsError, first_line, read_json
+from antidiffusion.models.kinds import classify
+from antidiffusion.models.weights import Location
 
 # Arguments of `Surrogate` that differ from Stable Diffusion's: the embedded model has a hundredth of its weights.
 CARD = "antidiffusion.json"
@@ -15,108 +16,57 @@ def load_parts(location: Location, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `Surrogate` but its name.
 
     Raises:
-        WeightsError: If the folder is no Stable Diffusion 1.x, 2.x or XL, or a part is missing or damaged.
+        WeightsError: If anything in the model is not understood, missing, left over, damaged or no number.
     """
     from diffusers import DDIMScheduler
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from safetensors import SafetensorError
 
-    path = location.folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"expected a complete model_index.json, got {path}: {error}; download it again") from error
-    unet_class = (index.get("unet") or [None, None])[1]
-    if unet_class != "UNet2DConditionModel":
-        raise WeightsError(
-            f"expected a Stable Diffusion 1.x, 2.x or XL model, got a {index.get('_class_name', 'pipeline')}; "
-            "name one of those as the surrogate"
-        )
-    try:
-        parts = _from_file(location, dtype, index) if location.file else _from_folder(location, dtype, index)
-        for module in (parts["vae"], parts["unet"], *parts["text_encoders"]):
-            if absent := [name for name, value in module.state_dict().items() if value.is_meta]:
-                raise ValueError(f"{len(absent)} tensors are missing, the first of them {absent[0]}")
-        # Latents are not bounded; schedulers of other classes leave clip_sample out, and DDIM's default is to clip.
-        parts["scheduler"] = DDIMScheduler.from_pretrained(location.folder, subfolder="scheduler", clip_sample=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
-        raise WeightsError(
-            f"expected complete weights, got an error from {location.file or location.folder}: "
-            f"{str(error).splitlines()[0]}; download the model again"
-        ) from error
-    if parts["unet"].config.in_channels != parts["vae"].config.latent_channels:
-        raise WeightsError(
-            f"expected a text-to-image UNet, got one with {parts['unet'].config.in_channels} input channels; "
-            "name the base model instead of its inpainting or depth variant"
-        )
+    kind = classify(location)
+    vae = kind.part("vae", dtype)
+    if dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        vae = vae.float()  # the entry says that float16 overflows
     card = location.folder / CARD
-    if card.is_file():
-        parts |= json.loads(card.read_text())
-    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    parts["size"] = int(parts["unet"].config.sample_size) * factor
-    return parts
-
-
-def _tokenizers(location: Location, index: dict[str, Any]) -> list[Any]:
-    from transformers import CLIPTokenizer
-
-    names = [name for name in ("tokenizer", "tokenizer_2") if (index.get(name) or [None])[0]]
-    return [CLIPTokenizer.from_pretrained(location.folder / name) for name in names]
-
-
-def _text_encoders(index: dict[str, Any]) -> dict[str, Any]:
-    import transformers
-
-    names = [name for name in ("text_encoder", "text_encoder_2") if (index.get(name) or [None])[0]]
-    return {name: getattr(transformers, index[name][1]) for name in names}
-
-
-def _safe(vae: Any, dtype: torch.dtype) -> Any:
-    """Return the autoencoder in a dtype it works in: `force_upcast` says that float16 overflows."""
-    return vae.float() if dtype == torch.float16 and getattr(vae.config, "force_upcast", False) else vae
-
-
-def _from_folder(location: Location, dtype: torch.dtype, index: dict[str, Any]) -> dict[str, Any]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    folder = location.folder
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **options)
     return {
-        "vae": _safe(vae, dtype),
-        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **options),
-        "text_encoders": [
-            _complete(kind.from_pretrained(folder, subfolder=name, dtype=dtype, output_loading_info=True, **options))
-            for name, kind in _text_encoders(index).items()
-        ],
-        "tokenizers": _tokenizers(location, index),
-    }
+        "vae": vae,
+        "unet": kind.part("unet", dtype),
+        "text_encoders": [kind.part(name, dtype) for name in kind.row.encoders],
+        "tokenizers": [kind.tokenizer(name) for name in kind.row.tokenizers],
+        # Latents are not bounded; schedulers of other classes leave clip_sample out, and DDIM's default is to clip.
+        "scheduler": DDIMScheduler.from_config(kind.scheduler, clip_sample=False),
+        "size": kind.size,
+    } | (read_json(card) if card.is_file() else {})
 
 
-def _complete(loaded: tuple[Any, dict[str, Any]]) -> Any:
-    # transformers fills what a file lacks with random numbers and only warns.
-    model, info = loaded
-    if absent := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(absent)} tensors are missing, the first of them {absent[0]}")
-    return model
+@torch.no_grad()
+def trial(surrogate: Any) -> None:
+    """Encode one smallest picture and ask the denoiser once: what no list of look-alikes knows shows here.
 
-
-def _from_file(location: Location, dtype: torch.dtype, index: dict[str, Any]) -> dict[str, Any]:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    encoders = _text_encoders(index)
-    kind = StableDiffusionXLPipeline if "text_encoder_2" in encoders else StableDiffusionPipeline
-    pipeline = kind.from_single_file(
-        str(location.file),
-        config=str(location.folder),
-        torch_dtype=dtype,
-        local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-    )
-    return {
-        "vae": _safe(pipeline.vae, dtype),
-        "unet": pipeline.unet,
-        "text_encoders": [getattr(pipeline, name) for name in encoders],
-        "tokenizers": _tokenizers(location, index),
-    }
+    Raises:
+        WeightsError: If an answer has another shape than its question, or is no number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 3, surrogate.multiple, surrogate.multiple, generator=generator).to(surrogate.device)
+    try:
+        z = surrogate.encode(x, generator)
+        embedding = surrogate.embed([""])
+        n, t = surrogate.draw(z, generator)
+        answer = surrogate.predict(n, t, embedding)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise WeightsError(
+            f"expected a model that denoises a latent when it is told a text, got {type(error).__name__} from "
+            f"{surrogate.name}: {first_line(error)}; name a base model of one of the families in the documentation"
+        ) from error
+    for part, tensor in {"autoencoder": z, "text encoder": embedding.tokens, "denoiser": answer}.items():
+        if not tensor.isfinite().all():
+            half = "float32" not in surrogate.precision or surrogate.autocast
+            remedy = "use --dtype bfloat16 or float32" if half else "use another file of this model"
+            raise WeightsError(
+                f"expected finite numbers from the {part} in {surrogate.precision}, got NaN or infinity from "
+                f"{surrogate.name}; {remedy}"
+            )
+    if answer.shape != z.shape:
+        raise WeightsError(
+            f"expected an answer of the latent's shape {tuple(z.shape)}, got {tuple(answer.shape)} from "
+            f"{surrogate.name}; name a base model"
+        )
