@@ -268,10 +268,12 @@ def unused(header: Header, family: Family, configs: dict[str, dict[str, Any]]) -
 
     Arguments:
         configs: The configuration of the denoiser and of the autoencoder.
+
+    Raises:
+        WeightsError: If what the layout needs is missing.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    part, kind = family.denoiser
     loose = re.compile("|".join([family.loose, LOOSE, *(p for k, p in family.held.items() if k.startswith("text"))]))
     left = {name for name in header.shapes if not loose.match(name)}
     for part, kind in (family.denoiser, ("vae", "AutoencoderKL")):
@@ -280,10 +282,15 @@ def unused(header: Header, family: Family, configs: dict[str, dict[str, Any]]) -
         tensors = _empty(header)
         for name, tensor in tensors.items():
             tensor.origins = {name}  # type: ignore[attr-defined]
-        with _Origins():
-            converted = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"](
-                checkpoint=tensors, config=configs[part]
-            )
+        convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+        try:
+            with _Origins():
+                converted = convert(checkpoint=tensors, config=configs[part])
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"expected complete weights, got {header.file} whose {part} cannot be read: {first_line(error)}; "
+                f"{DOES_NOT_FIT}"
+            ) from error
         left -= {name for tensor in converted.values() for name in getattr(tensor, "origins", ())}
     return sorted(left)
 

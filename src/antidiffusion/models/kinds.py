@@ -332,7 +332,7 @@ def _scheduler(folder: Path, header: Header | None, row: Family) -> dict[str, An
     defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(getattr(diffusers, name).__init__).parameters.items()
-        if key != "self"
+        if parameter.default is not parameter.empty
     }
     config = defaults | config | (said(header) if header else {})
     try:
@@ -356,6 +356,8 @@ def _preserving(config: Mapping[str, Any]) -> str | None:
         return "expected velocity with a last step of noise alone (rescale_betas_zero_snr), got 'epsilon'"
     if (trained := config.get("trained_betas")) is not None:
         return None if all(0 < beta < 1 for beta in trained) else "expected betas in (0, 1), got others (trained_betas)"
+    if absent := {"beta_schedule", "beta_start", "beta_end", "num_train_timesteps"} - config.keys():
+        return f"expected a whole schedule, got none of {', '.join(sorted(absent))}"
     if config["beta_schedule"] not in BETAS:
         return f"expected betas of {', '.join(BETAS)}, got {config['beta_schedule']!r}"
     low, high = config["beta_start"], config["beta_end"]
