@@ -226,5 +226,5 @@ def test_csv_has_every_row() -> None:
 
 
 def test_it_does_without_torch() -> None:
-    code = "import sys, antidiffusion.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, antidiffusion.bench.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=QUIET).returncode == 0

@@ -15,6 +15,7 @@ from antidiffusion.models.base import Embedding, Posterior, Surrogate
 from antidiffusion.models.memory import checkpointed
 from antidiffusion.models.sampling import Report, check_size, sample, silent
 from antidiffusion.models.tuning import Loss, fit
+from antidiffusion.pictures.tensors import check_pictures
 
 
 @dataclass
@@ -170,7 +171,8 @@ class Tuning:
         Raises:
             ValueError: If the pictures, the text or a setting do not fit.
         """
-        check_pictures(x, surrogate)
+        check_pictures(x)
+        check_size(x.shape[-2], x.shape[-1], surrogate)
         if not prompt.strip():
             raise ValueError("expected a text that the pictures are tuned to, got none; try 'a photo of sks person'")
         generator, before = Generator().manual_seed(seed), self._steps_before
@@ -213,12 +215,3 @@ def at_least_one(name: str, value: int) -> None:
     """Raise ValueError for a count below 1."""
     if value < 1:
         raise ValueError(f"expected {name} of at least 1, got {value}")
-
-
-def check_pictures(x: Tensor, surrogate: Surrogate) -> None:
-    """Raise ValueError unless x is a batch of pictures `(B, 3, H, W)` in [0, 1] of a size the model can take."""
-    if x.ndim != 4 or x.shape[1] != 3 or not len(x):
-        raise ValueError(f"expected at least one picture, (B, 3, H, W), got {tuple(x.shape)}; stack RGB pictures")
-    check_size(x.shape[-2], x.shape[-1], surrogate)
-    if not (x.min() >= 0 and x.max() <= 1):  # so that NaN fails too
-        raise ValueError(f"expected pixels in [0, 1], got {x.min():.3g} to {x.max():.3g}; divide by 255")

@@ -200,7 +200,6 @@ def _prepare(
 
 def _write(x: Any, output: Path, overwrite: bool) -> None:
     """Write pictures `(B, 3, H, W)` in [0, 1] side by side."""
-    from antidiffusion.pictures.picture import Picture
+    from antidiffusion.pictures.tensors import to_picture
 
-    strip = x.permute(2, 0, 3, 1).flatten(1, 2)  # (H, B W, 3)
-    Picture((strip * 255).round().byte().cpu().numpy()).write(output, overwrite=overwrite)
+    to_picture(x).write(output, overwrite=overwrite)
