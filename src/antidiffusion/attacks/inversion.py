@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, embed_each
 from antidiffusion.models.base import Embedding, Surrogate
-from antidiffusion.models.sampling import Report, check_size, concatenate, denoise, guided, silent
+from antidiffusion.models.sampling import check_size, concatenate, denoise, guided
+from antidiffusion.progress import Progress, part, silent
 
 Phase = tuple[int, AbstractContextManager[None]]
 """Steps done when it ends, and what holds until then."""
@@ -28,7 +29,7 @@ def invert(
     surrogate: Surrogate,
     *,
     guidance: float | Tensor = 1.0,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Go from clean latents up the given steps, as diffusers' DDIMInverseScheduler does; `denoise` comes back.
 
@@ -53,7 +54,7 @@ def invert(
     trajectory = [z]
     for done, t in enumerate(timesteps.flip(0), 1):
         trajectory.append(scheduler.step(predict(trajectory[-1], t), t, trajectory[-1]).prev_sample)
-        progress(done, len(timesteps))
+        progress("inverting", done, len(timesteps))
     return torch.stack(trajectory[::-1])
 
 
@@ -67,7 +68,7 @@ def edit_beside_source(
     steps: int,
     guidance: float,
     phases: Sequence[Phase],
-    progress: Report,
+    progress: Progress,
 ) -> Tensor:
     """Invert pictures, then denoise source and target side by side while the source controls the target's attention.
 
@@ -88,22 +89,17 @@ def edit_beside_source(
     surrogate.scheduler.set_timesteps(steps, device=surrogate.device)
     timesteps = surrogate.scheduler.timesteps
     z = surrogate.encode(x, Generator().manual_seed(seed))
-    z = invert(z, timesteps, source, surrogate, progress=report_from(progress, 0, 2 * steps))[0]
+    z = invert(z, timesteps, source, surrogate, progress=part(progress, 0, 2 * steps))[0]
     z = torch.cat([z, z])
     both = concatenate((source, count), (target, count))
     scale = torch.tensor([1.0, guidance]).repeat_interleave(count)
     start = 0
     for end, context in phases:
-        part = report_from(progress, steps + start, 2 * steps)
+        ahead = part(progress, steps + start, 2 * steps)
         with context:
-            z = denoise(z, timesteps[start:end], both, surrogate, guidance=scale, progress=part)
+            z = denoise(z, timesteps[start:end], both, surrogate, guidance=scale, progress=ahead)
         start = end
     return surrogate.decode(z[count:])
-
-
-def report_from(progress: Report, before: int, total: int) -> Report:
-    """Return the report of a part that starts after `before` of `total` steps."""
-    return lambda done, _: progress(before + done, total)
 
 
 def check_settings(steps: int, shares: dict[str, float]) -> None:

@@ -18,7 +18,7 @@ from antidiffusion.attacks.base import Prompts, one_or_each
 from antidiffusion.attacks.inversion import check_settings, edit_beside_source
 from antidiffusion.models.attention import EditingProcessor, cross_attention_layers, processed, self_attention_layers
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.sampling import Report, silent
+from antidiffusion.progress import Progress, silent
 
 PIECE = re.compile(r"[^\s,.;:!?]+|[,.;:!?]+")
 STAGES = ("down_blocks.", "mid_block.", "up_blocks.")
@@ -52,7 +52,7 @@ class PromptToPrompt:
         check_settings(self.steps, {"cross_replace": self.cross_replace, "self_replace": self.self_replace})
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         unet, count, tokenizer = surrogate.unet, len(x), surrogate.tokenizers[0]
         sources, targets = (

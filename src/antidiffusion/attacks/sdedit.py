@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.models.base import Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent
+from antidiffusion.models.sampling import check_size, denoise
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SDEdit:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         embedding = embed_each(prompts.target, len(x), surrogate)

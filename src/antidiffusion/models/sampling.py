@@ -11,13 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
+from antidiffusion.progress import Progress, silent
 
-Report = Callable[[int, int], None]
-"""Called after every step with the steps done and the steps in all."""
-
-
-def silent(done: int, total: int) -> None:
-    """Report nothing."""
+DRAWING = "drawing"
 
 
 @torch.no_grad()
@@ -29,7 +25,7 @@ def sample(
     steps: int = 25,
     guidance: float = 7.5,
     size: tuple[int, int] | None = None,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Draw one picture for each prompt.
 
@@ -128,7 +124,7 @@ def denoise(
     *,
     guidance: float | Tensor,
     after: After = unchanged,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Go from noisy latents down the given steps.
 
@@ -147,5 +143,5 @@ def denoise(
     predict = guided(embedding, surrogate, guidance, len(z))
     for done, t in enumerate(timesteps, 1):
         z = after(done, surrogate.scheduler.step(predict(z, t), t, z).prev_sample)
-        progress(done, len(timesteps))
+        progress(DRAWING, done, len(timesteps))
     return z

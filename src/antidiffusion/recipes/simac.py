@@ -12,9 +12,10 @@ from antidiffusion.objectives import Objective
 from antidiffusion.objectives.feature import DenoisingFeature
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.anti_dreambooth import ASPL
 from antidiffusion.recipes.ascent import batches, gradient, views
-from antidiffusion.recipes.base import Progress, Trace
+from antidiffusion.recipes.base import Trace
 
 SELECTION = "time-step selection"
 ENOUGH = 0.1  # share of the steps at which the selection ends: 100 of 1000
