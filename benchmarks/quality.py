@@ -9,6 +9,7 @@ Attributes are judged by the package's classifier, faces by dlib.
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import versions
+
+sys.path.append(str(Path(__file__).parents[1] / "tools" / "train_mini"))
+
+from train_attributes import PROMPTED, held_out, stated
 
 HERE = Path(__file__).parent
 COUNT, BATCH = 256, 16
