@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from attributes import PROMPTED, held_out, stated
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
