@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_weights import SENTENCE
 
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.weights import WeightsError
+from antidiffusion.models.headers import WeightsError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

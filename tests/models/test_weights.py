@@ -7,7 +7,8 @@ import torch
 from conftest import Checkpoint
 from safetensors.torch import save_file
 
-from antidiffusion.models.weights import MOVED, Location, WeightsError, locate
+from antidiffusion.models.headers import WeightsError
+from antidiffusion.models.weights import MOVED, Location, locate
 
 SENTENCE = r"^expected [^\n]+, got [^\n]+; [^\n]+$"  # expected, got, remedy
 

@@ -339,6 +339,8 @@ def _scheduler(folder: Path, header: Header | None, row: Family) -> dict[str, An
         wrong = _straight(config) if "Flow" in name else _preserving(config)
     except TypeError as error:
         raise WeightsError(f"expected numbers in a noise schedule, got {path}: {error}; {DOES_NOT_FIT}") from error
+    if "Flow" not in name:
+        config["prediction_type"] = config.get("prediction_type") or "epsilon"
     if wrong:
         raise WeightsError(f"{wrong} in {path}; name another model, or correct the entry if it is wrong")
     return config

@@ -1,43 +1,78 @@
-"""Build a surrogate from a location: understand it, read its parts, and try one step."""
+"""Load a model of any family: find it, understand it, read its parts, and try one step."""
 
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
 
+from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError, first_line, read_json
-from antidiffusion.models.kinds import classify
-from antidiffusion.models.weights import Location
+from antidiffusion.models.kinds import Kind, classify
+from antidiffusion.models.precision import device_of, dtypes_of
+from antidiffusion.models.weights import locate
+from antidiffusion.process import uncollected
 
 # Arguments of `Surrogate` that differ from Stable Diffusion's: the embedded model has a hundredth of its weights.
 CARD = "antidiffusion.json"
+SMALL = 2**29  # bytes of all weights on disk: below, a model stays in float32
 
 
-def load_parts(location: Location, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of `Surrogate` but its name.
+def load(
+    model: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    full_tuning: bool = False,
+    config: str | None = None,
+    offline: bool = False,
+) -> Surrogate:
+    """Load a model.
+
+    Arguments:
+        model: "mini" (the embedded model), a diffusers folder, a `.safetensors` file in the original layout, or a
+            hub id. A local path never touches the network.
+        device: Where the weights go; "auto" is the fastest of this machine.
+        dtype: Of the weights: "float32", "bfloat16", "float16", "mixed" (float32 weights that compute in bfloat16), a
+            torch.dtype, or "auto".
+        full_tuning: Whether the model's own weights will be tuned, for which half precision is too coarse.
+        config: Diffusers folder or hub id with the configuration and tokenizer of a single file.
+        offline: Use only what is on this machine.
 
     Raises:
-        WeightsError: If anything in the model is not understood, missing, left over, damaged or no number.
+        WeightsError: If the model cannot be found, or anything in it is not understood, missing, left over, damaged or no number.
+        ValueError: If there is no such device or dtype.
     """
-    from diffusers import DDIMScheduler
+    where = device_of(device)
+    with uncollected():
+        location = locate(model, config=config, offline=offline)
+        files = [location.file] if location.file else location.folder.glob("*/*.safetensors")
+        small = sum(file.stat().st_size for file in files) < SMALL
+        weights, autocast = dtypes_of(dtype, where, small=small, full_tuning=full_tuning)
+        kind = classify(location)
+        build = import_module(kind.row.module).build
+        surrogate: Surrogate = build(kind.scheduler, name=model, autocast=autocast, **_parts(kind, weights)).to(where)
+        trial(surrogate)
+    return surrogate
 
-    kind = classify(location)
+
+def _parts(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of `Surrogate` that are read from disk."""
     vae = kind.part("vae", dtype)
     if dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         vae = vae.float()  # the entry says that float16 overflows
-    card = location.folder / CARD
+    card = kind.location.folder / CARD
     return {
         "vae": vae,
-        "unet": kind.part("unet", dtype),
-        "text_encoders": [kind.part(name, dtype) for name in kind.row.encoders],
-        "tokenizers": [kind.tokenizer(name) for name in kind.row.tokenizers],
-        # Latents are not bounded; schedulers of other classes leave clip_sample out, and DDIM's default is to clip.
-        "scheduler": DDIMScheduler.from_config(kind.scheduler, clip_sample=False),
+        "denoiser": kind.part(kind.row.denoiser[0], dtype),
+        "text_encoders": [kind.part(name, dtype) for name in kind.row.encoders if name in kind.configs],
+        "tokenizers": [kind.tokenizer(name) for name in kind.tokenizers],
         "size": kind.size,
     } | (read_json(card) if card.is_file() else {})
 
 
 @torch.no_grad()
-def trial(surrogate: Any) -> None:
+def trial(surrogate: Surrogate) -> None:
     """Encode one smallest picture and ask the denoiser once: what no list of look-alikes knows shows here.
 
     Raises:
@@ -48,6 +83,7 @@ def trial(surrogate: Any) -> None:
     try:
         z = surrogate.encode(x, generator)
         embedding = surrogate.embed([""])
+        embedding = replace(embedding, tokens=embedding.tokens[:, :8])  # T5 gives 512 of them
         n, t = surrogate.draw(z, generator)
         answer = surrogate.predict(n, t, embedding)
     except torch.OutOfMemoryError:
