@@ -31,7 +31,7 @@ def empty(tmp_path: Path) -> Path:
         ("model.pth", ["pickle", "run code", "safe_serialization"]),
         ("model.bin", ["pickle", "run code", "safe_serialization"]),
         ("missing.ckpt", ["pickle", "run code", "safe_serialization"]),
-        ("model.gguf", [".safetensors", "convert"]),
+        ("model.gguf", [".safetensors", "GGUF", "quantised"]),
         ("README", [".safetensors", "convert"]),
         ("missing", ["does not exist on this machine", "spelling"]),
         ("missing/folder", ["does not exist on this machine", "spelling"]),

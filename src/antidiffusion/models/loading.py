@@ -40,7 +40,8 @@ def load(
         offline: Use only what is on this machine.
 
     Raises:
-        WeightsError: If the model cannot be found, or anything in it is not understood, missing, left over, damaged or no number.
+        WeightsError: If the model cannot be found, or anything in it is not understood, missing, left over, damaged
+            or no number.
         ValueError: If there is no such device or dtype.
     """
     where = device_of(device)
