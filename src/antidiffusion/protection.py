@@ -20,7 +20,8 @@ from antidiffusion.models.base import Surrogate, randn
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import Picture, PictureError, linf
-from antidiffusion.recipes import RECIPES, Progress, Recipe
+from antidiffusion.progress import Progress, silent
+from antidiffusion.recipes import RECIPES, Recipe
 
 HELD_OUT_PROMPT = "a photo of a person"  # no recipe tunes on it
 HELD_OUT_STEPS = 8  # stratified times of the card's losses
@@ -100,7 +101,7 @@ def protect(
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> list[Protected]:
     """Protect pictures against tuning and editing with the surrogate's kind of model.
 

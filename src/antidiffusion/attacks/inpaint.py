@@ -13,8 +13,10 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.models.base import Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent, way_down
+from antidiffusion.models.sampling import check_size, denoise, way_down
 from antidiffusion.models.schedule import noised
+from antidiffusion.pictures.tensors import check_range
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Inpaint:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         region = binary_mask(prompts.mask, x)
@@ -78,6 +80,5 @@ def binary_mask(mask: Tensor | None, x: Tensor) -> Tensor:
         raise ValueError(f"expected a mask to redraw in, got none; set Prompts.mask, {shapes[0]}, 1 to redraw")
     if mask.shape not in shapes:
         raise ValueError(f"expected a mask of {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}; resize it as x")
-    if not (mask.min() >= 0 and mask.max() <= 1):  # so that NaN fails too
-        raise ValueError(f"expected a mask in [0, 1], got {mask.min():.3g} to {mask.max():.3g}; divide by 255")
+    check_range(mask, "a mask")
     return (mask >= 0.5).to(x)

@@ -14,8 +14,9 @@ from antidiffusion.models.tuning import Loss, denoising, fit, tunable
 from antidiffusion.objectives.semantic import DenoisingSemantic
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.ascent import Momentum, ascend, batches, decayed, scatter, views
-from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Trace, posteriors
+from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Trace, posteriors
 
 
 @dataclass(frozen=True)

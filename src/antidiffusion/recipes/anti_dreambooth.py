@@ -16,8 +16,9 @@ from antidiffusion.objectives import Objective
 from antidiffusion.objectives.denoising import Denoising
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.ascent import ascend, batches
-from antidiffusion.recipes.base import PERTURBATION, TUNING, Progress, Trace, posteriors
+from antidiffusion.recipes.base import PERTURBATION, TUNING, Trace, posteriors
 
 STEP_SIZE = 5e-3 * 255 / 2  # 5e-3 of the range [-1, 1], in 1/255 units
 

@@ -13,9 +13,10 @@ from antidiffusion.models.tuning import Loss, constant, denoising, tunable
 from antidiffusion.objectives.semantic import Official
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.anti_diffusion import Alternation
 from antidiffusion.recipes.ascent import ascend, batches
-from antidiffusion.recipes.base import Progress, Trace, posteriors
+from antidiffusion.recipes.base import Trace, posteriors
 
 
 @dataclass(frozen=True)

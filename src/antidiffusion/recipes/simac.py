@@ -12,9 +12,10 @@ from antidiffusion.objectives import Objective
 from antidiffusion.objectives.feature import DenoisingFeature
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.anti_dreambooth import ASPL
 from antidiffusion.recipes.ascent import batches, gradient, views
-from antidiffusion.recipes.base import Progress, Trace
+from antidiffusion.recipes.base import Trace
 
 SELECTION = "time-step selection"
 BINS = 1000  # steps of the noising that the search tells apart: the training steps of Stable Diffusion
