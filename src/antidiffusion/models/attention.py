@@ -21,7 +21,7 @@ from antidiffusion.models.base import Places, Surrogate
 
 
 class Attend(Protocol):
-    """Mixes values at keys, both `(B, heads, L, d)`, for queries `(B, heads, N, d)`; the answer has the queries' shape."""
+    """Mixes values at keys, both `(B, heads, L, d)`, for queries `(B, heads, N, d)`; the answer is shaped as these."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, places: Places) -> Tensor: ...
 

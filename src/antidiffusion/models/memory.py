@@ -57,7 +57,7 @@ def recomputed(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(denoiser: Any, wanted: bool) -> Iterator[None]:
-    """Recompute the denoiser's activations in the backward pass inside the block, if wanted; a flag set before stays."""
+    """Recompute the denoiser's activations in the backward pass inside the block, if wanted; a set flag stays set."""
     switch = wanted and not denoiser.is_gradient_checkpointing
     try:
         if switch:
