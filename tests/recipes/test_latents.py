@@ -1,4 +1,4 @@
-"""The recipe of latent spaces: it moves latents in all of them, more than noise, whatever an attacker's program does."""
+"""The recipe of latent spaces: it moves latents in all of them, more than noise, through resize and JPEG."""
 
 
 import numpy as np
