@@ -146,12 +146,12 @@ def test_the_seed_decides_the_bytes(tmp_path: Path, tiny: Surrogate, recipe: Rec
 
 
 def test_a_picture_alone_and_among_others(tiny: Surrogate) -> None:
-    before = {key: value.clone() for key, value in tiny.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in tiny.denoiser.state_dict().items()}
     first, second = picture(seed=1), picture(height=100, seed=2)
     among = protect([first, second], WHOLE, surrogate=tiny)
     (alone,) = protect([second], WHOLE, surrogate=tiny)
     assert (among[1].picture.pixels == alone.picture.pixels).all()
-    assert all(torch.equal(before[key], value) for key, value in tiny.unet.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in tiny.denoiser.state_dict().items())
 
 
 def test_together_is_joint(tiny: Surrogate) -> None:

@@ -123,7 +123,7 @@ def test_the_mini_model_needs_no_hub(mini: Surrogate, no_network: None) -> None:
 
 
 def test_a_sampler_never_clips_latents(surrogate: Surrogate) -> None:
-    assert surrogate.scheduler.config.clip_sample is False and surrogate.scheduler.config.steps_offset == 1
+    assert surrogate.schedule.scheduler["clip_sample"] is False and surrogate.schedule.scheduler["steps_offset"] == 1
 
 
 def test_the_card_sets_the_learning_rates(folder: Path) -> None:

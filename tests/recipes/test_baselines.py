@@ -114,7 +114,7 @@ def test_the_budget_holds_at_every_step_on_every_architecture(
     assert all(math.isfinite(value) for values in trace.losses.values() for value in values)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(surrogate), strict=True))
     assert not any(weight.requires_grad or weight.grad is not None for weight in weights(surrogate))
-    assert not any(module._forward_hooks for module in surrogate.unet.modules())
+    assert not any(module._forward_hooks for module in surrogate.denoiser.modules())
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -217,11 +217,11 @@ def test_one_round_of_aspl_is_fsmg(tiny: Surrogate, pixels: np.ndarray) -> None:
 
 def test_aspl_drops_the_copy_tuned_on_clean_pictures(tiny: Surrogate, pixels: np.ndarray) -> None:
     """AdamW's first step moves every weight by the learning rate: after a round it is one such step, not two."""
-    before = [weight.clone() for weight in tiny.unet.parameters()]
+    before = [weight.clone() for weight in tiny.denoiser.parameters()]
     moved: list[float] = []
 
     def look(stage: str, done: int, total: int) -> None:
-        pairs = zip(before, tiny.unet.parameters(), strict=True)
+        pairs = zip(before, tiny.denoiser.parameters(), strict=True)
         moved.append(max((new - old).abs().max().item() for old, new in pairs) / 1e-4)
 
     run(

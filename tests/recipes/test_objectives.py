@@ -6,7 +6,9 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.sdedit import SDEdit
-from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
+from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.schedule import PREDICTIONS, VP, Straight, noised
+from antidiffusion.models.schedule import target as exact
 from antidiffusion.objectives.denoising import Denoising, Mean, predicted_noise, with_slope
 from antidiffusion.objectives.distillation import Distillation
 from antidiffusion.objectives.editing import EditTarget
@@ -42,8 +44,8 @@ def draws(surrogate: Surrogate, x: Tensor, generator: Generator) -> tuple[Tensor
 
 
 def ask(surrogate: Surrogate, z: Tensor, n: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
-    z_t = surrogate.scheduler.add_noise(z, n, t)
-    return surrogate.unet(z_t, t, encoder_hidden_states=embedding.tokens.expand(len(z), -1, -1)).sample
+    z_t = surrogate.pipeline().scheduler.add_noise(z, n, t)
+    return surrogate.denoiser(z_t, t, encoder_hidden_states=embedding.tokens.expand(len(z), -1, -1)).sample
 
 
 def test_denoising_is_the_mean_squared_error_of_the_noise(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
@@ -72,19 +74,14 @@ def test_with_slope() -> None:
     assert torch.equal(torch.autograd.grad(value.sum(), x)[0], gradient)
 
 
-@pytest.mark.parametrize("prediction", SUPPORTED)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_predicted_noise_of_a_perfect_model_is_the_noise(tiny: Surrogate, prediction: str) -> None:
     z, n = torch.randn(2, 2, 4, 8, 8, generator=seeded())
-    t = torch.tensor([100, 700])
-    if prediction == "flow_prediction":  # straight paths
-        noise = torch.linspace(0.001, 0.999, 1000)
-        schedule = NoiseSchedule(1 - noise, noise, prediction)
-    else:
-        schedule = replace(tiny.schedule, prediction=prediction)
-    perfect = replace(tiny)
-    perfect.schedule = schedule
-    perfect.predict = lambda z_t, t, embedding: schedule.target(z, n, t)
-    found = predicted_noise(perfect, schedule.add_noise(z, n, t), t, tiny.embed([""]))
+    vp = VP({**tiny.schedule.scheduler, "prediction_type": "epsilon" if prediction == "flow" else prediction})
+    schedule = Straight({}) if prediction == "flow" else vp
+    t, perfect = schedule.time(torch.tensor([0.1, 0.7])), replace(tiny, schedule=schedule)
+    perfect.predict = lambda z_t, t, embedding: exact(schedule, z, n, t)
+    found = predicted_noise(perfect, noised(schedule, z, n, t), t, tiny.embed([""]))
     torch.testing.assert_close(found, n, rtol=1e-3, atol=1e-4)
 
 
@@ -117,7 +114,7 @@ def test_distillation_pulls_the_error_back_through_the_encoder_only(
         error = ask(tiny, z, n, t, embedding) - n
     (expected,) = torch.autograd.grad(z, leaf, sign * error)
     watched: list[bool] = []
-    hook = tiny.unet.register_forward_hook(lambda *_: watched.append(torch.is_grad_enabled()))
+    hook = tiny.denoiser.register_forward_hook(lambda *_: watched.append(torch.is_grad_enabled()))
     objective = Distillation(tiny, embedding, sign)
     found = slope(objective, x)
     hook.remove()
@@ -128,7 +125,7 @@ def test_distillation_pulls_the_error_back_through_the_encoder_only(
 
 def test_features_are_the_last_block_s_residuals_and_the_hooks_go(tiny: Surrogate, embedding: Embedding) -> None:
     z, t = torch.randn(1, 4, 8, 8, generator=seeded()), torch.tensor([5])
-    with record_features(tiny.unet) as features:
+    with record_features(tiny) as features:
         tiny.predict(z, t, embedding)
     assert [tuple(feature.shape) for feature in features] == [(1, 32, 8, 8)] * 3
     tiny.predict(z, t, embedding)
@@ -144,7 +141,7 @@ def test_denoising_feature_adds_the_weighted_shift(tiny: Surrogate, x: Tensor, e
     recorded: list[list[Tensor]] = []
     before = tiny.vae.config.scaling_factor * tiny.vae.encode(2 * clean - 1).latent_dist.mean
     for latent in (z, before):
-        with record_features(tiny.unet) as features:
+        with record_features(tiny) as features:
             ask(tiny, latent, n, t, embedding)
         recorded.append(list(features))
     shift = sum((a - b).square().mean((1, 2, 3)) for a, b in zip(*recorded, strict=True)) / 3
@@ -182,7 +179,7 @@ def test_an_edit_without_noise_is_sdedit(tiny: Surrogate, x: Tensor, target: Ten
 def test_the_gradient_passes_through_every_step_of_the_edit(tiny: Surrogate, x: Tensor, target: Tensor) -> None:
     objective = EditTarget(tiny, tiny.embed([""]), target, denoising_steps=3, eta=0.0)
     outputs: list[Tensor] = []
-    hook = tiny.unet.register_forward_hook(lambda module, arguments, output: outputs.append(output.sample))
+    hook = tiny.denoiser.register_forward_hook(lambda module, arguments, output: outputs.append(output.sample))
     leaf = x.clone().requires_grad_()
     loss = objective(leaf, seeded()).sum()
     hook.remove()
