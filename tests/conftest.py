@@ -189,6 +189,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every connection and every function that asks the hub fail."""
     import huggingface_hub
 
+    assert huggingface_hub.hf_hub_download  # its names are imported when they are first asked for
+
     def blocked(*arguments: object, **options: object) -> None:
         raise AssertionError(f"the network was asked for {arguments}")
 

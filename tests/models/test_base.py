@@ -1,7 +1,6 @@
 import copy
 import gc
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
-from antidiffusion.models.loading import load_parts
+from antidiffusion.models.kinds import Kind, classify
+from antidiffusion.models.weights import Location
 from antidiffusion.objectives.semantic import DenoisingSemantic
 
 WINDOW = 32
@@ -47,11 +47,11 @@ def test_both_layouts_hold_the_same_model(checkpoint: Checkpoint, surrogate: Sur
 def test_parts_are_loaded_without_garbage_collection(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     collected: list[bool] = []
 
-    def load(*arguments: Any) -> dict[str, Any]:
+    def noting(location: Location) -> Kind:
         collected.append(gc.isenabled())
-        return load_parts(*arguments)
+        return classify(location)
 
-    monkeypatch.setattr("antidiffusion.models.loading.load_parts", load)
+    monkeypatch.setattr("antidiffusion.models.loading.classify", noting)
     Surrogate.from_pretrained(str(checkpoint.folder))
     assert collected == [False] and gc.isenabled()
 
