@@ -21,8 +21,9 @@ from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.files import atomic
 from antidiffusion.pictures.picture import Bytes, Picture
 from antidiffusion.pictures.tensors import to_picture
+from antidiffusion.progress import Progress
 from antidiffusion.protection import protect
-from antidiffusion.recipes import Progress, RandomSign, Recipe
+from antidiffusion.recipes import RandomSign, Recipe
 
 PROMPTS = Prompts("a portrait of a person, wearing sunglasses and a red shirt", source="a portrait of a person")
 ATTACKS: dict[str, Attack] = {"SDEdit": SDEdit(strength=0.5, guidance=3.0), "MasaCtrl": MasaCtrl(guidance=5.0)}

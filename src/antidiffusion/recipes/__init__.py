@@ -1,9 +1,11 @@
 """Protections: each a frozen dataclass with its paper's defaults that perturbs canvases in place."""
 
 from antidiffusion.recipes.advdm import AdvDM
-from antidiffusion.recipes.anti_diffusion import Alternation, AntiDiffusion
+from antidiffusion.recipes.alternation import Alternation
+from antidiffusion.recipes.anti_diffusion import AntiDiffusion
 from antidiffusion.recipes.anti_dreambooth import ASPL, FSMG
-from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Recipe, Trace, posteriors
+from antidiffusion.recipes.attention import Attention
+from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Recipe, Trace, posteriors
 from antidiffusion.recipes.diffusion_guard import DiffusionGuard
 from antidiffusion.recipes.mist import Mist
 from antidiffusion.recipes.official import OfficialAntiDiffusion
@@ -24,12 +26,12 @@ __all__ = [
     "AdvDM",
     "Alternation",
     "AntiDiffusion",
+    "Attention",
     "DiffusionGuard",
     "Mist",
     "OfficialAntiDiffusion",
     "PhotoGuard",
     "PhotoGuardDiffusion",
-    "Progress",
     "RandomSign",
     "Recipe",
     "SDSMinus",
@@ -53,6 +55,7 @@ RECIPES: dict[str, Recipe] = {
     "aspl": ASPL(),
     "simac": SimAC(),
     "diffusion-guard": DiffusionGuard(),
+    "attention": Attention(),
 }
 
 PRESETS: dict[str, AntiDiffusion] = {
