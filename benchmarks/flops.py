@@ -22,7 +22,6 @@ import reference_official as released
 import shapes
 import torch
 import torch.nn.functional as F
-from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +39,9 @@ from antidiffusion.recipes import (
     Recipe,
     posteriors,
 )
+from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 from antidiffusion.recipes.ascent import gradient
+from antidiffusion.recipes.official import Official
 
 ENCODING, BALANCED = "encoding", "perturbation that balances"
 
@@ -78,9 +79,7 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     objective: Any = (
         Official(surrogate, embedding, recipe.sdl_weight)
         if official
-        else DenoisingSemantic(
-            surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.noise_weight, recipe.clean_weight
-        )
+        else recipe.objective(surrogate, embedding, x)
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 
