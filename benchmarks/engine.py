@@ -1,6 +1,6 @@
 """What the engine costs beside a plain implementation of the released procedure, how cost grows, and where it goes.
 
-    python benchmarks/engine.py compare [mini] [2.1]    # ours and reference_official.py, same machine and weights
+    python benchmarks/engine.py compare [mini] [2.1]    # ours and tests/reference_official.py, same machine and weights
     python benchmarks/engine.py growth                  # pictures, sides, steps, start-up; needs .[plots]
     python benchmarks/engine.py profile [mini] [2.1]    # torch.profiler's operators of the default recipe
 
@@ -82,6 +82,7 @@ def precisions(model: str, *, full_tuning: bool) -> list[str]:
 
 def compared(model: str, name: str, precision: str) -> dict[str, float]:
     """Protect one picture, in this process."""
+    sys.path.append(str(HERE.parent / "tests"))
     import reference_official
     import torch
 

@@ -12,13 +12,13 @@ here contains.
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import reference_official as released
 import shapes
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,10 @@ from antidiffusion.recipes import (
 from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 from antidiffusion.recipes.ascent import gradient
 from antidiffusion.recipes.official import Official
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import reference_official as released
 
 ENCODING, BALANCED = "encoding", "perturbation that balances"
 

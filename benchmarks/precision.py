@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from antidiffusion import Surrogate
-from antidiffusion.bench import ROWS, Plan, run
-from antidiffusion.bench.rows import CONTROL
+from antidiffusion.bench.plan import Plan
+from antidiffusion.bench.rows import CONTROL, ROWS
+from antidiffusion.bench.runner import run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "precision"

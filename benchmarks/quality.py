@@ -9,10 +9,10 @@ Attributes are judged by the package's classifier, faces by dlib.
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
-from attributes import PROMPTED, held_out, stated
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
@@ -22,6 +22,10 @@ from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import versions
+
+sys.path.append(str(Path(__file__).parents[1] / "tools" / "train_mini"))
+
+from train_attributes import PROMPTED, held_out, stated
 
 HERE = Path(__file__).parent
 COUNT, BATCH = 256, 16

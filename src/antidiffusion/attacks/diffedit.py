@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
-from antidiffusion.attacks.inversion import report_from
 from antidiffusion.models.base import Embedding, Posterior, Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, invert, silent, way_down
+from antidiffusion.models.sampling import check_size, denoise, invert, way_down
 from antidiffusion.models.schedule import noised
+from antidiffusion.progress import Progress, part, silent
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DiffEdit:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         source, target = (embed_each(texts, len(x), surrogate) for texts in (prompts.source, prompts.target))
@@ -70,11 +70,11 @@ class DiffEdit:
             surrogate,
             generator,
             maps=self.maps,
-            progress=report_from(progress, 0, total),
+            progress=part(progress, 0, total),
         )
         mask = (contrast > self.mask_threshold * contrast.mean((1, 2, 3), keepdim=True)).float()
         z = posterior.sample(generator)
-        trajectory = invert(z, times, source, surrogate, progress=report_from(progress, self.maps, total))
+        trajectory = invert(z, times, source, surrogate, progress=part(progress, self.maps, total))
         z = denoise(
             trajectory[0],
             times,
@@ -82,7 +82,7 @@ class DiffEdit:
             surrogate,
             guidance=self.guidance,
             after=lambda done, z: mask * z + (1 - mask) * trajectory[done],
-            progress=report_from(progress, self.maps + run, total),
+            progress=part(progress, self.maps + run, total),
         )
         return surrogate.decode(z)
 
@@ -97,7 +97,7 @@ def difference(
     generator: Generator,
     *,
     maps: int = 10,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Measure how much the denoiser's answers to two texts differ at every place; guidance would only scale it.
 
@@ -122,5 +122,5 @@ def difference(
     for done in range(maps):
         answers = [surrogate.predict(z[:, done], steps, text) for text in (source, target)]
         total += (answers[1] - answers[0]).abs().mean(1, keepdim=True)
-        progress(done + 1, maps)
+        progress("comparing", done + 1, maps)
     return total / maps

@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, embed_each
 from antidiffusion.models.base import Surrogate, concatenate
-from antidiffusion.models.sampling import Report, check_size, denoise, invert, way_down
+from antidiffusion.models.sampling import check_size, denoise, invert, way_down
+from antidiffusion.progress import Progress, part
 
 Phase = tuple[int, AbstractContextManager[None]]
 """Steps done when it ends, and what holds until then."""
@@ -24,7 +25,7 @@ def edit_beside_source(
     steps: int,
     guidance: float,
     phases: Sequence[Phase],
-    progress: Report,
+    progress: Progress,
 ) -> Tensor:
     """Invert pictures, then denoise source and target side by side while the source controls the target's attention.
 
@@ -44,22 +45,17 @@ def edit_beside_source(
     source, target = (embed_each(texts, count, surrogate) for texts in (prompts.source, prompts.target))
     times = way_down(surrogate, x.shape[-2], x.shape[-1], steps)
     z = surrogate.encode(x, Generator().manual_seed(seed))
-    z = invert(z, times, source, surrogate, progress=report_from(progress, 0, 2 * steps))[0]
+    z = invert(z, times, source, surrogate, progress=part(progress, 0, 2 * steps))[0]
     z = torch.cat([z, z])
     both = concatenate((source, count), (target, count))
     scale = torch.tensor([1.0, guidance]).repeat_interleave(count)
     start = 0
     for end, context in phases:
-        part = report_from(progress, steps + start, 2 * steps)
+        ahead = part(progress, steps + start, 2 * steps)
         with context:
-            z = denoise(z, times[start : end + 1], both, surrogate, guidance=scale, progress=part)
+            z = denoise(z, times[start : end + 1], both, surrogate, guidance=scale, progress=ahead)
         start = end
     return surrogate.decode(z[count:])
-
-
-def report_from(progress: Report, before: int, total: int) -> Report:
-    """Return the report of a part that starts after `before` of `total` steps."""
-    return lambda done, _: progress(before + done, total)
 
 
 def check_settings(steps: int, shares: dict[str, float]) -> None:

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from antidiffusion.attacks.base import Prompts, one_or_each
 from antidiffusion.attacks.inversion import check_settings, edit_beside_source
-from antidiffusion.models.attention import Attend, editing, watched
+from antidiffusion.models.attention import (
+    Attend,
+    editing,
+    watched,
+)
 from antidiffusion.models.base import Surrogate, Word
-from antidiffusion.models.sampling import Report, silent
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class PromptToPrompt:
         check_settings(self.steps, {"cross_replace": self.cross_replace, "self_replace": self.self_replace})
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         count, window = len(x), surrogate.tokenizers[0].model_max_length
         sources, targets = (

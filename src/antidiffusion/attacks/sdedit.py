@@ -12,8 +12,9 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.models.base import Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent, way_down
+from antidiffusion.models.sampling import check_size, denoise, way_down
 from antidiffusion.models.schedule import noised
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SDEdit:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         embedding = embed_each(prompts.target, len(x), surrogate)

@@ -13,9 +13,10 @@ from torch import Generator, Tensor
 from antidiffusion.attacks.base import Prompts, Texts
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
 from antidiffusion.models.memory import checkpointed
-from antidiffusion.models.sampling import Report, check_size, sample, silent
+from antidiffusion.models.sampling import check_size, sample
 from antidiffusion.models.tuning import Loss, fit
 from antidiffusion.pictures.tensors import check_pictures
+from antidiffusion.progress import Progress, part, silent
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Tuned:
         *,
         steps: int | None = None,
         guidance: float | None = None,
-        progress: Report = silent,
+        progress: Progress = silent,
     ) -> Tensor:
         """Draw one picture `(B, 3, H, W)` in [0, 1] for each text, of the size of the pictures it was tuned to.
 
@@ -92,14 +93,14 @@ class Task(NamedTuple):
         posterior: Of the pictures, `(B, C, h, w)`.
         prompt, embedding: The text they are tuned to, and what the untuned model makes of it, batch 1.
         generator: Source of every draw.
-        report: Called with the number of steps done before the tuning starts.
+        progress: Called after every step before the tuning starts.
     """
 
     posterior: Posterior
     prompt: str
     embedding: Embedding
     generator: Generator
-    report: Callable[[int], None]
+    progress: Progress
 
 
 class Training(NamedTuple):
@@ -143,7 +144,7 @@ class Tuning:
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}; None is the default")
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         before = self.steps + self._steps_before
         total = before + self.sampling_steps
@@ -151,13 +152,13 @@ class Tuning:
         sources = [prompts.source] if isinstance(prompts.source, str) else list(prompts.source)
         if len(sources) != 1:
             raise ValueError(f"expected one source text that all pictures are tuned to, got {len(sources)}")
-        tuned = self.tuned(x, sources[0], surrogate, seed, progress=lambda done, _: progress(done, total))
+        tuned = self.tuned(x, sources[0], surrogate, seed, progress=part(progress, 0, total))
         with tuned as model:
-            return model.sample(targets, seed, progress=lambda done, _: progress(before + done, total))
+            return model.sample(targets, seed, progress=part(progress, before, total))
 
     @contextmanager
     def tuned(
-        self, x: Tensor, prompt: str, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompt: str, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Iterator[Tuned]:
         """Tune the surrogate for a block; its weights are afterwards what they were.
 
@@ -180,13 +181,13 @@ class Tuning:
         embedding = surrogate.embed([prompt])
         with torch.no_grad():
             posterior = surrogate.posterior(x)
-        task = Task(posterior, prompt, embedding, generator, lambda done: progress(done, total))
+        task = Task(posterior, prompt, embedding, generator, part(progress, 0, total))
         with self._training(task, surrogate) as (parameters, learning_rate, loss, write):
             options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
             with checkpointed(surrogate.denoiser, self.gradient_checkpointing):
                 for value in fit(parameters, loss, **options):
                     losses.append(value)
-                    progress(before + len(losses), total)
+                    progress("tuning", before + len(losses), total)
             size = (x.shape[-2], x.shape[-1])
             model = Tuned(surrogate, losses, size, self.sampling_steps, self.guidance, write)
             try:

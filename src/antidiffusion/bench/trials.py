@@ -16,7 +16,7 @@ from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.bench.plan import HALF, Folder, Plan, Trial
-from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK, UNPURIFIED, Row
+from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK, PICTURES, UNPURIFIED, Row
 from antidiffusion.data.defense_edit import Item, asked
 from antidiffusion.data.people import Person
 from antidiffusion.metrics.arcface import ArcFace
@@ -25,13 +25,13 @@ from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.metrics.identity import DlibFaces, Faces, distance, fdfr, ism, likeness
 from antidiffusion.metrics.perceptual import LPIPS
 from antidiffusion.metrics.semantic import ClipScore
+from antidiffusion.metrics.table import OTHER_PROMPT
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.picture import READABLE, WRITERS, Picture, linf
 from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import effect, peak_memory, protect, versions
 
-PICTURES = "pictures"
 UNCHANGED = 0.98  # SSIM to the source above which an edit has done nothing
 ZERO, EXCEEDED, LOSSY = "zero gradient", "budget exceeded", "lossy file"
 
@@ -192,7 +192,7 @@ class Laboratory:
             torch.cat([squared(Picture.read(file), surrogate) for file in person.reference]).cpu()
         )
         metrics = self._likeness(drawn[: tunings.drawn], reference, "")
-        metrics |= self._likeness(drawn[tunings.drawn :], reference, "_other_prompt")
+        metrics |= self._likeness(drawn[tunings.drawn :], reference, OTHER_PROMPT)
         flags = []
         if trial.recipe == CLEAN:
             options: Any = {"size": x.shape[-2:], "steps": attack.sampling_steps, "guidance": attack.guidance}

@@ -1,6 +1,6 @@
 """A small classifier of what a portrait of the synthetic kind shows: it judges samples and edits of `mini`.
 
-How it was trained, and its accuracy on held-out people, is in benchmarks/attributes.py and its result.
+How it was trained, and its accuracy on held-out people, is in tools/train_mini/train_attributes.py and its result.
 """
 
 from importlib import resources

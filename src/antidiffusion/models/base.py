@@ -72,6 +72,8 @@ class Places(NamedTuple):
     picture: slice
 
 
+TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+"""What diffusers' DreamBooth LoRA scripts adapt in CLIP's text encoders."""
 Word = tuple[str, range]
 """A word in lower case and the positions of its tokens in the embedding."""
 
@@ -81,9 +83,16 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generator, like: Tenso
     return torch.randn(shape, generator=generator, device=generator.device).to(like)
 
 
-def warn_of_cuts(prompts: Sequence[str], tokenizer: Any) -> None:
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tensor:
+    """Return token numbers `(B, length)`, padded and cut; the tokenizer's own window if no length is given."""
+    length = length or tokenizer.model_max_length
+    found = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return found.input_ids
+
+
+def warn_of_cuts(prompts: Sequence[str], tokenizer: Any, room: int | None = None) -> None:
     """Warn of each prompt that is longer than the tokenizer's window, with the text that is cut off."""
-    room = tokenizer.model_max_length - 2  # begin and end of text
+    room = room or tokenizer.model_max_length - 2  # begin and end of text
     for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids:
         if len(ids) > room:
             cut = tokenizer.decode(ids[room:])
@@ -177,6 +186,11 @@ class Surrogate(ABC):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def blocks(self) -> list[Any]:
+        """The denoiser's parts that run one after the other and can be held one at a time; none where it has none."""
+        return []
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """Sides in pixels must be multiples of this."""
@@ -234,8 +248,13 @@ class Surrogate(ABC):
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Embedding:
         """Embed prompts `(B)`; text beyond the window is cut, as in diffusers, with a warning that names it."""
-        warn_of_cuts(prompts, self.tokenizers[0])
+        warn_of_cuts(prompts, *self._window)
         return self.embed_with_gradient(prompts)
+
+    @property
+    def _window(self) -> tuple[Any, int | None]:
+        """The tokenizer that reads most of a prompt, and how many tokens that is if it does not say so itself."""
+        return self.tokenizers[0], None
 
     @abstractmethod
     def embed_with_gradient(self, prompts: Sequence[str]) -> Embedding:

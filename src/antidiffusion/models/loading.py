@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from antidiffusion.models import flux, sd3
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.precision import device_of, dtypes_of
 from antidiffusion.models.schedule import VP
@@ -50,7 +51,47 @@ def load(
         files = [location.file] if location.file else location.folder.glob("*/*.safetensors")
         small = sum(file.stat().st_size for file in files) < SMALL
         weights, autocast = dtypes_of(dtype, where, small=small, full_tuning=full_tuning)
+        index = json.loads((location.folder / "model_index.json").read_text())
+        family = (index.get("transformer") or [None, None])[1]
+        if family in TRANSFORMERS:
+            parts = _transformer_parts(location, weights, index)
+            return TRANSFORMERS[family](name=model, autocast=autocast, **parts).to(where)
         return StableDiffusion(name=model, autocast=autocast, **load_parts(location, weights)).to(where)
+
+
+TRANSFORMERS = {"SD3Transformer2DModel": sd3.build, "FluxTransformer2DModel": flux.build}
+
+
+def _transformer_parts(location: Location, dtype: torch.dtype, index: dict[str, Any]) -> dict[str, Any]:
+    import diffusers
+    import transformers
+
+    folder = location.folder
+    named = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+    encoders = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if name in named]
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler").config,
+        "vae": diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **options),
+        "denoiser": getattr(diffusers, named["transformer"]).from_pretrained(
+            folder, subfolder="transformer", torch_dtype=dtype, **options
+        ),
+        "text_encoders": [
+            _complete(
+                getattr(transformers, named[name]).from_pretrained(
+                    folder, subfolder=name, dtype=dtype, output_loading_info=True, **options
+                )
+            )
+            for name in encoders
+        ],
+        "tokenizers": [
+            getattr(transformers, named[name.replace("text_encoder", "tokenizer")]).from_pretrained(
+                folder / name.replace("text_encoder", "tokenizer")
+            )
+            for name in encoders
+        ],
+        "size": json.loads((folder / "vae" / "config.json").read_text())["sample_size"],
+    }
 
 
 def load_parts(location: Location, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,13 +13,9 @@ from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
 from antidiffusion.models.schedule import step
+from antidiffusion.progress import Progress, silent
 
-Report = Callable[[int, int], None]
-"""Called after every step with the steps done and the steps in all."""
-
-
-def silent(done: int, total: int) -> None:
-    """Report nothing."""
+DRAWING = "drawing"
 
 
 @torch.no_grad()
@@ -31,7 +27,7 @@ def sample(
     steps: int = 25,
     guidance: float = 7.5,
     size: tuple[int, int] | None = None,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Draw one picture for each prompt.
 
@@ -99,7 +95,7 @@ def denoise(
     *,
     guidance: float | Tensor,
     after: After = unchanged,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Go from noisy latents down the given times.
 
@@ -118,7 +114,7 @@ def denoise(
     predict = surrogate.guided(embedding, guidance, len(z))
     for done, (t, s) in enumerate(pairwise(times), 1):
         z = after(done, step(surrogate.schedule, z, predict(z, t), t, s))
-        progress(done, len(times) - 1)
+        progress(DRAWING, done, len(times) - 1)
     return z
 
 
@@ -130,7 +126,7 @@ def invert(
     surrogate: Surrogate,
     *,
     guidance: float | Tensor = 1.0,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Go from clean latents up the given times, as diffusers' DDIMInverseScheduler does; `denoise` comes back.
 
@@ -151,5 +147,5 @@ def invert(
     trajectory = [z]
     for done, (t, s) in enumerate(pairwise(times.flip(0)), 1):
         trajectory.append(step(surrogate.schedule, trajectory[-1], predict(trajectory[-1], s), t, s))
-        progress(done, len(times) - 1)
+        progress("inverting", done, len(times) - 1)
     return torch.stack(trajectory[::-1])

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antidiffusion.models.base import Embedding, Places, Surrogate, Word
+from antidiffusion.models.base import TEXT_LORA_LAYERS, Embedding, Places, Surrogate, Word, token_ids
 from antidiffusion.models.schedule import VP
 
-# What diffusers' DreamBooth LoRA scripts adapt in the UNet and in the text encoders.
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # what diffusers' DreamBooth LoRA scripts adapt in the UNet
 STAGES = ("down_blocks.", "mid_block.", "up_blocks.")
 PIECE = re.compile(r"[^\s,.;:!?]+|[,.;:!?]+")
 
@@ -39,13 +37,7 @@ class StableDiffusion(Surrogate):
     def embed_with_gradient(self, prompts: Sequence[str]) -> Embedding:
         states, pooled = [], torch.empty(0)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                list(prompts),
-                padding="max_length",
-                truncation=True,
-                max_length=tokenizer.model_max_length,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
+            ids = token_ids(tokenizer, prompts).to(self.device)
             if len(self.text_encoders) == 1:
                 return Embedding(encoder(ids).last_hidden_state.float())
             output = encoder(ids, output_hidden_states=True)
