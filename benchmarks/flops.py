@@ -81,9 +81,7 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     embedding = surrogate.embed([""])
     official = isinstance(recipe, OfficialAntiDiffusion)
     objective: Any = (
-        Official(surrogate, embedding, recipe.sdl_weight)
-        if official
-        else recipe.objective(surrogate, embedding, x)
+        Official(surrogate, embedding, recipe.sdl_weight) if official else recipe.objective(surrogate, embedding, x)
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 
