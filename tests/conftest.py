@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformer_layout
 from command_line import draw
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
@@ -145,6 +146,18 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def surrogate(checkpoint: Checkpoint) -> Surrogate:
     """Every architecture in turn, from its folder, in float32."""
     return Surrogate.from_pretrained(str(checkpoint.folder))
+
+
+@pytest.fixture(scope="session", params=transformer_layout.ARCHITECTURES)
+def joint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surrogate:
+    """Every joint transformer in turn, from its folder, in float32."""
+    return Surrogate.from_pretrained(str(write_joint(request.param, tmp_path_factory.mktemp("joint"))))
+
+
+def write_joint(name: str, root: Path) -> Path:
+    """Save a joint transformer as a folder."""
+    transformer_layout.build_pipeline(name, TOKENIZER).save_pretrained(root / name)
+    return root / name
 
 
 @pytest.fixture(scope="session")
