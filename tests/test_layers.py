@@ -18,7 +18,6 @@ LAYERS = [
     {"batch", "demo", "forecast"},
     {"protection"},
     {"attacks", "recipes", "data"},
-    {"objectives"},
     {"metrics"},
     {"models"},
     {"pictures", "process", "progress"},
@@ -41,7 +40,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_attacks_do_not_know_protections() -> None:
     for path in (ROOT / "attacks").glob("*.py"):
-        assert not imported(path) & {"protection", "objectives", "recipes"}, path
+        assert not imported(path) & {"protection", "recipes"}, path
 
 
 @pytest.mark.parametrize("module", ["rows", "estimates", "tables", "figures", "report"])

@@ -117,6 +117,9 @@ def run(
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
+    mask: Path | None = None,
+    luma: bool = False,
+    low_memory: bool = False,
     overwrite: bool = False,
     progress: Callable[[Job], Progress],
 ) -> Iterator[Outcome]:
@@ -124,7 +127,7 @@ def run(
 
     Arguments:
         jobs: From `plan`.
-        recipe, surrogate, seed, together, side: As in `antidiffusion.protection.protect`.
+        recipe, surrogate, seed, together, side, mask, luma, low_memory: As in `antidiffusion.protection.protect`.
         overwrite: Replace existing outputs.
         progress: Gives the progress hook of a job.
     """
@@ -139,6 +142,7 @@ def run(
             continue
         pictures, hook = [picture for _, picture in ready], progress(ready[0][0])
         options: Any = {"seed": seed, "together": together, "side": side, "progress": hook}
+        options |= {"mask": mask, "luma": luma, "low_memory": low_memory}
         try:
             results = protect(pictures, recipe, surrogate=surrogate, **options)
         except FAILURES as error:

@@ -6,17 +6,20 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.attention import mean_map, record_attention
 from antidiffusion.models.base import Surrogate, randn
+from antidiffusion.models.memory import low_memory as lean
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import Picture, PictureError, linf
@@ -101,6 +104,9 @@ def protect(
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
+    mask: Picture | str | Path | None = None,
+    luma: bool = False,
+    low_memory: bool = False,
     progress: Progress = silent,
 ) -> list[Protected]:
     """Protect pictures against tuning and editing with the surrogate's kind of model.
@@ -112,6 +118,9 @@ def protect(
         seed: Of all randomness. A picture gives the same bytes alone and among others, unless `together`.
         together: Protect all pictures, of one person, jointly: one text embedding and one tuned surrogate.
         side: Resolution in pixels at which the surrogate looks; the model's own if None.
+        mask: A picture as large as the others, white where these may change; anywhere if None.
+        luma: Move the channels of a pixel alike, so that colours stay.
+        low_memory: Recompute instead of keeping, and have on disk what is not needed: half of the memory, more time.
         progress: Called after every step with the stage's name, the steps done and the steps in all.
 
     Returns:
@@ -119,7 +128,8 @@ def protect(
 
     Raises:
         PictureError: If a picture cannot be read.
-        ValueError: If the recipe is unknown or has impossible settings.
+        ValueError: If the recipe is unknown, has impossible settings or no meaning for the model, or the mask does not
+            fit the pictures.
     """
     if isinstance(pictures, str | Path | Picture):
         raise ValueError(f"expected a list of pictures, got {type(pictures).__name__}; put it in brackets")
@@ -129,18 +139,40 @@ def protect(
         recipe = RECIPES[recipe]
     Linf(recipe.budget)
     read = [picture if isinstance(picture, Picture) else Picture.read(picture) for picture in pictures]
+    where = Where(None if mask is None else white(mask), luma)
     groups = [read] if together else [[picture] for picture in read]
-    return [
-        protected for group in groups for protected in _protect_group(group, recipe, surrogate, seed, side, progress)
-    ]
+    how: dict[str, Any] = {"seed": seed, "side": side, "where": where, "low_memory": low_memory, "progress": progress}
+    return [protected for group in groups for protected in _protect_group(group, recipe, surrogate, **how)]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where perturbations may be: a mask `(H, W)` bool, or None, and whether channels move alike."""
+
+    mask: np.ndarray | None
+    luma: bool
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the report card says of it."""
+        return {"luma": self.luma, "mask_share": None if self.mask is None else round(float(self.mask.mean()), 4)}
+
+
+def white(mask: Picture | str | Path) -> np.ndarray:
+    """Return where a picture is white, `(H, W)` bool."""
+    picture = mask if isinstance(mask, Picture) else Picture.read(mask)
+    return picture.pixels.mean(-1) > 127.5
 
 
 def _protect_group(
     pictures: Sequence[Picture],
     recipe: Recipe,
     surrogate: Surrogate,
+    *,
     seed: int,
     side: int | None,
+    where: Where,
+    low_memory: bool,
     progress: Progress,
 ) -> list[Protected]:
     begun = time.perf_counter()
@@ -149,8 +181,9 @@ def _protect_group(
     for picture in pictures:
         height, width, _ = picture.pixels.shape
         size = view_size(height, width, side or surrogate.size, surrogate.multiple)
-        canvases.append(Canvas(picture.pixels, size, surrogate.device))
-    trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
+        canvases.append(Canvas(picture.pixels, size, surrogate.device, mask=where.mask, luma=where.luma))
+    with lean(surrogate) if low_memory else nullcontext():
+        trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - begun
     results = []
     for picture, canvas in zip(pictures, canvases, strict=True):
@@ -169,7 +202,7 @@ def _protect_group(
                 "protected_together": len(pictures),
                 "notes": list(picture.notes),
             },
-            "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"},
+            "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"} | where.card,
             "fidelity": _finite({"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()}),
             "effect": _finite(effect(surrogate, canvas.clean_view, written.clean_view, seed)),
             "cost": {"seconds": round(seconds, 2), "peak_memory_mb": round(peak_memory(surrogate.device) / 1e6)},

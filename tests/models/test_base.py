@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from antidiffusion.objectives.semantic import DenoisingSemantic
 from conftest import ARCHITECTURES, Checkpoint, build_pipeline
 from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given
@@ -15,6 +16,7 @@ from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surro
 from antidiffusion.models.kinds import Kind, classify
 from antidiffusion.models.weights import Location
 from antidiffusion.objectives.semantic import DenoisingSemantic
+from antidiffusion.models.loading import load_parts
 
 WINDOW = 32
 ANGLES = torch.linspace(0.01, 1.55, 50)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from antidiffusion.objectives.semantic import SDL, Official
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from reference_official import attention_loss, cross_attention, protect_official

@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 from torch import Generator, Tensor
-
 from antidiffusion.models.attention import mean_map, record_attention
 from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.models.schedule import noised
@@ -16,6 +15,10 @@ from antidiffusion.objectives.semantic import (
     semantic,
     zero,
 )
+from torch import Generator, Tensor
+
+from antidiffusion.models.attention import coarsest_layers, cross_attention_layers, mean_map, record_attention
+from antidiffusion.models.base import Embedding, Surrogate
 
 TOKENS = 32
 

@@ -53,6 +53,10 @@ def protect(
     tuning: Annotated[Tuning, typer.Option(help="How these steps tune it.")] = Tuning.auto,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Recompute instead of keeping; slower.")] = False,
     side: Annotated[int | None, typer.Option(min=64, help="Pixels at which the surrogate looks.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture as large as IN, white where IN may change: the rest stays as it is.")
+    ] = None,
+    luma: Annotated[bool, typer.Option("--luma", help="Change brightness only, not colours.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Precision of the surrogate.")] = DType.auto,
@@ -74,7 +78,6 @@ def protect(
             "--rounds": rounds,
             "--tuning-steps": tuning_steps,
             "--tuning": None if tuning is Tuning.auto else tuning.value,
-            "--low-memory": low_memory or None,
         }
         chosen = choose_recipe(recipe, "quick" if quick else "strong" if strong else None, options)
         if dry_run and not hasattr(chosen, "counts"):
@@ -85,7 +88,7 @@ def protect(
             model, model_config, device, dtype, full_tuning=full_tuning, low_memory=low_memory
         )
         if dry_run:
-            print(_forecast(jobs, chosen, surrogate, together, side, format_))
+            print(_forecast(jobs, chosen, surrogate, together, side, low_memory, format_))
             return
     if model == "mini":
         stderr.print(MINI_NOTE, style="yellow")
@@ -104,6 +107,7 @@ def protect(
             return update
 
         how: dict[str, Any] = {"seed": seed, "together": together, "side": side, "overwrite": overwrite}
+        how |= {"mask": mask, "luma": luma, "low_memory": low_memory}
         try:
             for outcome in run(jobs, chosen, surrogate, progress=progress, **how):
                 if outcome.card is None:
@@ -127,13 +131,19 @@ def protect(
 
 
 def _forecast(
-    jobs: list[Any], recipe: Any, surrogate: Any, together: bool, side: int | None, format_: OutputFormat
+    jobs: list[Any],
+    recipe: Any,
+    surrogate: Any,
+    together: bool,
+    side: int | None,
+    low_memory: bool,
+    format_: OutputFormat,
 ) -> str:
     from antidiffusion.forecast import forecast
     from antidiffusion.pictures.picture import Picture
 
     pictures = [Picture.read(job.source) for job in jobs]
-    found = forecast(pictures, recipe, surrogate, together=together, side=side)
+    found = forecast(pictures, recipe, surrogate, together=together, side=side, low_memory=low_memory)
     figures = {"pictures": len(jobs), "seconds": round(found.seconds, 1)}
     figures["peak_memory_mb"] = round(found.peak_memory / 1e6)
     if format_ is OutputFormat.json:
