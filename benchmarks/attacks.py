@@ -35,7 +35,7 @@ from antidiffusion.metrics.fidelity import ssim
 from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism
 from antidiffusion.metrics.statistics import bootstrap
 from antidiffusion.models.sampling import sample
-from antidiffusion.protection import versions
+from antidiffusion.card import versions
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"

@@ -30,7 +30,7 @@ from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.protection import versions
+from antidiffusion.card import versions
 from antidiffusion.recipes.ascent import ascend
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
-from antidiffusion.protection import versions
+from antidiffusion.card import versions
 
 HERE = Path(__file__).parent
 COUNT, BATCH = 256, 16

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import antidiffusion.batch
-import antidiffusion.protection
+import antidiffusion.card
 from antidiffusion.batch import Job, Outcome, plan, run
 from antidiffusion.models.base import Surrogate
 from antidiffusion.recipes import AntiDiffusion, RandomSign
@@ -20,7 +20,7 @@ WHOLE = AntiDiffusion(steps=1, rounds=1, prompt_steps=1, tuning_steps=1)
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with `photos/a.jpg`, `photos/trip/b.PNG` and things that are no pictures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
+    monkeypatch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 1)
     folder = Path("photos")
     (folder / "trip").mkdir(parents=True)
     for seed, name in enumerate(("a.jpg", "trip/b.PNG")):

@@ -15,12 +15,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
 
+from antidiffusion.card import effect
 from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
 from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.semantic import SDL, Official
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
-from antidiffusion.protection import effect
 from antidiffusion.recipes import (
     PERTURBATION,
     PROMPT,

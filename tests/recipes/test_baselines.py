@@ -12,7 +12,7 @@ from command_line import cli
 from PIL import Image
 from torch import Generator, Tensor
 
-import antidiffusion.protection
+import antidiffusion.card
 import antidiffusion.recipes.simac
 from antidiffusion import Picture, protect
 from antidiffusion.models.base import Surrogate
@@ -134,7 +134,7 @@ def test_the_seed_decides_every_byte(tiny: Surrogate, pixels: np.ndarray, name: 
 def test_a_card_names_the_recipe(
     tiny: Surrogate, pixels: np.ndarray, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
+    monkeypatch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 1)
     (protected,) = protect([Picture(pixels)], short(name), surrogate=tiny)
     card = json.loads(json.dumps(protected.card))
     assert card["recipe"]["name"] == name and card["recipe"]["budget"] == 8

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antidiffusion.failures import expect_finite
 from antidiffusion.pictures.budget import Linf
 
 LONGEST = 4  # a view's side, in units of the model's: a longer panorama is squeezed rather than run out of memory
@@ -77,7 +78,12 @@ class Canvas:
         return self._rows.T @ gradient @ self._columns
 
     def ascend(self, gradient: Tensor, step_size: float, budget: Linf) -> None:
-        """Take one sign step of `step_size` (1/255 units) up the gradient at the view and project to the budget."""
+        """Take one sign step of `step_size` (1/255 units) up the gradient at the view and project to the budget.
+
+        Raises:
+            NotFiniteError: If the gradient has an entry that is no number, which has no sign.
+        """
+        expect_finite(gradient, "the gradient")
         self.delta.add_(self.full_gradient(gradient).sign_(), alpha=step_size)
         budget.project_(self.delta, self.clean)
 
