@@ -32,9 +32,9 @@ def run(name: str, dry: bool) -> dict[str, float]:
     import torch
 
     from antidiffusion import Picture
+    from antidiffusion.card import peak_memory
     from antidiffusion.forecast import forecast
     from antidiffusion.process import give_back_freed_memory, keep_freed_memory
-    from antidiffusion.card import peak_memory
     from antidiffusion.protection import protect
     from antidiffusion.recipes import PRESETS, RECIPES
 

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
+from antidiffusion.card import versions
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
-from antidiffusion.card import versions
 
 HERE = Path(__file__).parent
 COUNT, BATCH = 256, 16

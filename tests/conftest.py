@@ -215,6 +215,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `photos/a.jpg`, `photos/trip/b.PNG` and things that are no pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 1)
+    folder = Path("photos")
+    (folder / "trip").mkdir(parents=True)
+    for seed, name in enumerate(("a.jpg", "trip/b.PNG")):
+        draw(folder / name, seed)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "folder.png").mkdir()
+    return folder
+
+
+@pytest.fixture
 def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`here`, and whatever model is asked for, a tiny one is there already."""
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options, **named: tiny)

@@ -12,7 +12,7 @@ ROOT = Path(antidiffusion.__file__).parent
 LAYERS = [
     {"cli"},
     {"bench"},
-    {"batch", "demo", "folders", "forecast", "preview"},
+    {"batch", "demo", "folders", "forecast", "preview", "workers"},
     {"protection"},
     {"card"},
     {"attacks", "recipes", "data"},
