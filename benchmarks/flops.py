@@ -12,13 +12,13 @@ here contains.
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import reference_official as released
 import shapes
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,10 @@ from antidiffusion.recipes import (
     posteriors,
 )
 from antidiffusion.recipes.ascent import gradient
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import reference_official as released
 
 ENCODING, BALANCED = "encoding", "perturbation that balances"
 
@@ -133,7 +137,7 @@ def total_steps(recipe: Recipe) -> int:
 
 def released_steps(surrogate: Surrogate) -> dict[str, float]:
     """Return the TFLOP of one step of every stage of the released procedure."""
-    vae, unet, scheduler = surrogate.vae, surrogate.unet, surrogate.scheduler
+    vae, unet, scheduler = surrogate.vae, surrogate.denoiser, surrogate.pipeline().scheduler
     for module in (vae, unet):
         module.requires_grad_(True)
     unet.set_attn_processor(AttnProcessor())

@@ -9,11 +9,10 @@ Attributes are judged by the package's classifier, faces by dlib.
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
-from attributes import PROMPTED, held_out, stated
-from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
@@ -22,6 +21,11 @@ from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
+from antidiffusion.pictures.tensors import to_picture
+
+sys.path.append(str(Path(__file__).parents[1] / "tools" / "train_mini"))
+
+from train_attributes import PROMPTED, held_out, stated
 
 HERE = Path(__file__).parent
 COUNT, BATCH = 256, 16
@@ -91,7 +95,7 @@ def main() -> None:
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     rows = [torch.cat(list(row), 2) for row in samples[:32].split(8)]
-    Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().numpy()).save(args.sheet)
+    to_picture(torch.cat(rows, 1)[None]).write(args.sheet, overwrite=True)
     print(json.dumps(result, indent=1))
 
 

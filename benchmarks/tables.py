@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from antidiffusion.bench.estimates import PRIMARY, per_item, sound, unpurified
+from antidiffusion.bench.estimates import per_item, sound, unpurified
 from antidiffusion.bench.rows import CLEAN, CONTROL, Row, read_rows
 from antidiffusion.bench.tables import ranking
+from antidiffusion.metrics.table import PRIMARY
 
 RESULTS = Path(__file__).parent / "results"
 LEADING = ("anti-diffusion", "anti-diffusion, quick", "aspl", "simac", "fsmg", "advdm", "official", CONTROL, CLEAN)

@@ -1,9 +1,12 @@
 """Imports point one way: from the command line down to the weights (docs: the module's own docstrings)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from command_line import QUIET
 
 import antidiffusion
 
@@ -41,3 +44,10 @@ def test_imports_point_down(path: Path) -> None:
 def test_attacks_do_not_know_protections() -> None:
     for path in (ROOT / "attacks").glob("*.py"):
         assert not imported(path) & {"protection", "objectives", "recipes"}, path
+
+
+@pytest.mark.parametrize("module", ["rows", "estimates", "tables", "figures", "report"])
+def test_rows_are_read_without_what_writes_them(module: str) -> None:
+    names = {f"antidiffusion.bench.{name}" for name in ("plan", "trials", "runner")} | {"torch"}
+    code = f"import sys, antidiffusion.bench.{module}; sys.exit(bool({names!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env=QUIET).returncode == 0

@@ -219,9 +219,9 @@ def test_impossible_settings(attack: Tuning, setting: str, value: float, message
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(0, 3, 64, 64), r"at least one picture, \(B, 3, H, W\), got \(0, 3, 64, 64\); stack"),
-        (torch.zeros(3, 64, 64), r"at least one picture, \(B, 3, H, W\), got \(3, 64, 64\); stack"),
-        (torch.zeros(1, 4, 64, 64), r"at least one picture, \(B, 3, H, W\), got \(1, 4, 64, 64\); stack"),
+        (torch.zeros(0, 3, 64, 64), r"float32 pictures \(B, 3, H, W\), got torch.float32 \(0, 3, 64, 64\); stack"),
+        (torch.zeros(3, 64, 64), r"float32 pictures \(B, 3, H, W\), got torch.float32 \(3, 64, 64\); stack"),
+        (torch.zeros(1, 4, 64, 64), r"float32 pictures \(B, 3, H, W\), got torch.float32 \(1, 4, 64, 64\); stack"),
         (torch.zeros(1, 3, 64, 100), "multiples of 64, got 100 x 64; resize"),
         (torch.full((1, 3, 64, 64), 255.0), r"pixels in \[0, 1\], got 255 to 255; divide"),
         (torch.full((1, 3, 64, 64), torch.nan), r"pixels in \[0, 1\], got nan to nan"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from report_rows import FAILED, edit, row, run, tuned
 
+from antidiffusion.bench import tables
 from antidiffusion.bench.estimates import estimate, mean_rank, named_apart, per_item, ranks
-from antidiffusion.bench.report import tables
 from antidiffusion.bench.tables import NOTHING, Table
 
 

@@ -14,9 +14,9 @@ from command_line import PROGRAM, QUIET
 from conftest import Checkpoint
 
 import antidiffusion.bench.trials
-from antidiffusion.bench import ROWS, Plan, run
-from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK
-from antidiffusion.bench.runner import read_rows
+from antidiffusion.bench.plan import Plan
+from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK, ROWS
+from antidiffusion.bench.runner import read_rows, run
 from antidiffusion.models.base import Surrogate
 
 MEASURED = {"seconds", "peak_memory_mb"}

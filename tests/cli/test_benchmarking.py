@@ -5,7 +5,7 @@ import pytest
 from bench_plans import write_plan
 from command_line import cli
 
-from antidiffusion.bench import Plan
+from antidiffusion.bench.plan import Plan
 
 
 def test_bench_and_its_report(loaded: Path) -> None:

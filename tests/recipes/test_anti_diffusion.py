@@ -1,6 +1,5 @@
 import hashlib
 import math
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from reference_official import attention_loss, cross_attention, protect_official
 from torch import Tensor
 
 from antidiffusion.card import effect
@@ -33,13 +33,9 @@ from antidiffusion.recipes import (
     Trace,
 )
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from reference_official import attention_loss, cross_attention, protect_official
-
 SHORT = {"rounds": 1, "steps": 4, "prompt_steps": 4, "tuning_steps": 3}
 TINY = {"rounds": 1, "steps": 2, "prompt_steps": 1, "tuning_steps": 2}
-PORTRAIT = np.array(Image.open(Path(__file__).parents[1] / "data/portrait.png").convert("RGB"))
+PORTRAIT = np.array(Image.open(Path(__file__).parents[1] / "data" / "portrait.png").convert("RGB"))
 
 
 @pytest.fixture(scope="module")

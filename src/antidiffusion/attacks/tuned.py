@@ -13,8 +13,10 @@ from torch import Generator, Tensor
 from antidiffusion.attacks.base import Prompts, Texts
 from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.memory import checkpointed
 from antidiffusion.models.sampling import check_size, sample
 from antidiffusion.models.tuning import Loss, fit
+from antidiffusion.pictures.tensors import check_pictures
 from antidiffusion.progress import Progress, part, silent
 
 
@@ -123,7 +125,7 @@ class Tuning:
         batch_size: Pictures in a step, drawn at random without repetition; all if there are fewer.
         guidance: Scale of classifier-free guidance in drawing; 1 turns it off.
         sampling_steps: DDIM steps of drawing.
-        gradient_checkpointing: Recompute the UNet's activations in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute the denoiser's activations in the backward pass: less memory, more time.
     """
 
     full_tuning: ClassVar[bool] = False
@@ -171,7 +173,8 @@ class Tuning:
         Raises:
             ValueError: If the pictures, the text or a setting do not fit.
         """
-        check_pictures(x, surrogate)
+        check_pictures(x)
+        check_size(x.shape[-2], x.shape[-1], surrogate)
         if not prompt.strip():
             raise ValueError("expected a text that the pictures are tuned to, got none; try 'a photo of sks person'")
         generator, before = Generator().manual_seed(seed), self._steps_before
@@ -182,7 +185,7 @@ class Tuning:
         task = Task(posterior, prompt, embedding, generator, part(progress, 0, total))
         with self._training(task, surrogate) as (parameters, learning_rate, loss, write):
             options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
-            with checkpointed(surrogate.unet, self.gradient_checkpointing):
+            with checkpointed(surrogate.denoiser, self.gradient_checkpointing):
                 for value in fit(parameters, loss, **options):
                     expect_finite(value, "the loss of the tuning")
                     losses.append(value)
@@ -215,39 +218,3 @@ def at_least_one(name: str, value: int) -> None:
     """Raise ValueError for a count below 1."""
     if value < 1:
         raise ValueError(f"expected {name} of at least 1, got {value}")
-
-
-def check_pictures(x: Tensor, surrogate: Surrogate) -> None:
-    """Raise ValueError unless x is a batch of pictures `(B, 3, H, W)` in [0, 1] of a size the model can take."""
-    if x.ndim != 4 or x.shape[1] != 3 or not len(x):
-        raise ValueError(f"expected at least one picture, (B, 3, H, W), got {tuple(x.shape)}; stack RGB pictures")
-    check_size(x.shape[-2], x.shape[-1], surrogate)
-    if not (x.min() >= 0 and x.max() <= 1):  # so that NaN fails too
-        raise ValueError(f"expected pixels in [0, 1], got {x.min():.3g} to {x.max():.3g}; divide by 255")
-
-
-@contextmanager
-def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the block, if wanted; a flag set outside stays set."""
-    switch = wanted and not unet.is_gradient_checkpointing
-    try:
-        if switch:
-            unet.enable_gradient_checkpointing()
-        yield
-    finally:
-        if switch:
-            unet.disable_gradient_checkpointing()
-
-
-def pipeline(surrogate: Surrogate) -> Any:
-    """Wrap the surrogate's own modules in diffusers' text-to-image pipeline; nothing is copied but the scheduler."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts["scheduler"] = DDIMScheduler.from_config(surrogate.scheduler.config)  # pipelines correct its settings
-    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
-        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(surrogate.text_encoders) == 2:
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(**parts, **extras, requires_safety_checker=False)

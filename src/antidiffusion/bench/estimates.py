@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from antidiffusion.bench.rows import CLEAN, CONTROL, FAILED_ATTACK, UNPURIFIED, Row, Unit
 from antidiffusion.metrics.statistics import Floats, percentiles, resample
+from antidiffusion.metrics.table import PRIMARY
 
-PRIMARY = {"edit": "ssim_to_clean", "tuning": "likeness"}
-"""By kind of attack the metric that recipes are ranked by."""
 SEED = 0
 
 T = TypeVar("T")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from antidiffusion.bench.estimates import PRIMARY, by_attack, by_recipe, estimate, per_item, unpurified
+from antidiffusion.bench.estimates import by_attack, by_recipe, estimate, per_item, unpurified
 from antidiffusion.bench.rows import Row, Unit
-from antidiffusion.bench.tables import BETTER, overall
+from antidiffusion.bench.tables import overall
+from antidiffusion.metrics.table import AXES, PRIMARY, known
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 380, 60, 340, 16  # SVG units
 LABEL = 15  # height of a label
 MAX_SIDE = 160
 MAX_ITEMS = 4
 MAX_BYTES = 2_000_000  # of all pictures as data URIs
-AXES = {"psnr": "PSNR in dB", "seconds": "seconds to protect an item"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow says of damaged files
 
 
@@ -71,7 +71,7 @@ def plots(rows: Sequence[Row]) -> list[Plot]:
 def _plot(kind: str, figure: str, places: dict[str, tuple[float, float]]) -> Plot:
     metric = PRIMARY[kind]
     xs, ys = zip(*places.values(), strict=True)
-    top, bottom = (max(ys), min(ys)) if BETTER[metric] > 0 else (min(ys), max(ys))
+    top, bottom = (max(ys), min(ys)) if known(metric).better > 0 else (min(ys), max(ys))
     left, right = min(xs), max(xs)
 
     def place(value: float, start: float, end: float, low: float, high: float) -> float:

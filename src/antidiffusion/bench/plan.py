@@ -17,6 +17,7 @@ from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED
 from antidiffusion.data import defense_edit, people
 from antidiffusion.data.defense_edit import Item
 from antidiffusion.data.people import Person
+from antidiffusion.metrics.table import OPTIONAL
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.recipes import RECIPES, Recipe
 
@@ -24,10 +25,6 @@ T = TypeVar("T")
 
 ALL, HALF = "all protected", "half clean"
 DATASETS = {"defense-edit-synth": defense_edit.synthetic, "people-synth": people.synthetic}
-
-
-METRICS = ("lpips", "clip", "arcface")
-"""Safetensors of AlexNet, a CLIP model's folder or cached hub id, an ONNX file: see `antidiffusion.metrics`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Plan:
         edits, tunings: The attacks, or None.
         purifiers: Names in `PURIFIERS` that pictures are washed with before an attack, beside none.
         purified: The attacks before which that happens.
-        metrics: Models that the user has beside what ships, see `METRICS`.
+        metrics: Models that the user has beside what ships, see `antidiffusion.metrics.table.OPTIONAL`.
     """
 
     budget: float
@@ -265,7 +262,7 @@ def _tunings(section: dict[str, Any], base: Path) -> Tunings:
 
 
 def _metrics(section: dict[str, Any], base: Path) -> dict[str, str]:
-    _only(section, set(METRICS), "[metrics]")
+    _only(section, set(OPTIONAL), "[metrics]")
     names = {key: _typed(str, section, key, "") for key in section}
     return {key: str(base / name) if (base / name).exists() else name for key, name in names.items()}
 

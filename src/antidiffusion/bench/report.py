@@ -8,10 +8,12 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from antidiffusion.bench import figures, tables
 from antidiffusion.bench.estimates import named_apart
-from antidiffusion.bench.report import figures, tables
 from antidiffusion.bench.rows import Row, read_rows
 from antidiffusion.bench.tables import Table
+from antidiffusion.metrics.table import PRIMARY, place
+from antidiffusion.pictures.files import atomic
 
 __all__ = ["expect_suffix", "read_rows", "render", "to_csv", "to_html", "to_markdown", "write"]
 
@@ -34,8 +36,8 @@ SECTIONS = {
     ),
     "Ranking": (
         tables.ranking,
-        "By ssim_to_clean for edits and likeness for tuning, without purifier, where the attacker has the protector's "
-        "model. The mean rank's interval comes from the same resamples of items for all recipes.",
+        f"By {PRIMARY['edit']} for edits and {PRIMARY['tuning']} for tuning, without purifier, where the attacker has "
+        "the protector's model. The mean rank's interval comes from the same resamples of items for all recipes.",
     ),
     "Purifiers": (
         tables.purifiers,
@@ -86,7 +88,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Render one flat line a row, a column for each metric."""
-    metrics = sorted({metric for row in rows for metric in row.metrics})
+    metrics = sorted({metric for row in rows for metric in row.metrics}, key=place)
     names = ("key", "kind", "dataset", "item", "category", "recipe", "surrogate", "attack", "purifier", "setting")
     plain = (*names, "attacker", "seed", "budget", "seconds", "peak_memory_mb", "model_sha256")
     lists, objects = ("flags", "pictures"), ("settings", "versions", "backends")
@@ -122,13 +124,8 @@ def render(rows: Sequence[Row], folder: Path, output: Path) -> str:
 
 def write(text: str, path: Path) -> None:
     """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic(path, overwrite=True) as (part,):
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def _sections(rows: Sequence[Row]) -> dict[str, tuple[list[Table], str]]:

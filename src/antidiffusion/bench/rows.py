@@ -8,6 +8,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, get_origin
 
+ROWS, PICTURES = "rows.jsonl", "pictures"
+"""In the folder of a run."""
+
 KINDS = ("protection", "edit", "tuning")
 CLEAN, CONTROL, UNPURIFIED = "clean", "random-sign", "none"
 FAILED_ATTACK = "clean attack failed"

@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from antidiffusion.bench import report
+from antidiffusion.bench import rows as written
 from antidiffusion.bench.plan import Plan, Trial
-from antidiffusion.bench.rows import CLEAN, Row
-from antidiffusion.bench.trials import PICTURES, Laboratory, Task, protection
+from antidiffusion.bench.rows import CLEAN, PICTURES, ROWS, Row
+from antidiffusion.bench.trials import Laboratory, Task, protection
 from antidiffusion.failures import FAILURES, sentence
 from antidiffusion.metrics.identity import face_models
 from antidiffusion.models.base import Surrogate
 from antidiffusion.process import end_with_parent
 
-ROWS = "rows.jsonl"
 Load = Callable[[str], Surrogate]
 
 
@@ -77,7 +76,7 @@ def read_rows(path: Path) -> list[Row]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return report.read_rows(path) if whole else []
+    return written.read_rows(path) if whole else []
 
 
 def _run(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Done]:

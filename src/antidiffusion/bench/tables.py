@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from antidiffusion.bench.estimates import (
-    PRIMARY,
     Estimate,
     by_attack,
     by_recipe,
@@ -25,14 +24,8 @@ from antidiffusion.bench.estimates import (
 )
 from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED, Row, Unit
 from antidiffusion.metrics.statistics import Floats, percentiles
+from antidiffusion.metrics.table import PRIMARY, heading, known, place
 
-# 1 where more is better for the protector, -1 where less is; columns stand in this order.
-BETTER = {"linf": -1, "psnr": 1, "ssim": 1, "lpips": -1, "loss_ratio": 1}
-BETTER |= {"ssim_to_clean": -1, "psnr_to_clean": -1, "lpips_to_clean": 1, "success": -1, "clip_score": -1}
-BETTER |= {"face_lost": 1, "face_distance": 1, "fdfr": 1, "ism": -1, "likeness": -1, "distance": 1}
-BETTER |= {"seconds": -1}  # no peak memory: the process's so far, which says nothing of a recipe
-OTHER_PROMPT = "_other_prompt"
-DIGITS = {"linf": 0, "psnr": 1, "psnr_to_clean": 1, "seconds": 1, "peak_memory_mb": 0}
 NOTHING = "—"
 ROWS_NAMED = 12
 
@@ -143,7 +136,7 @@ def purifiers(rows: Sequence[Row]) -> list[Table]:
         for recipe, line in grid.items():
             washed = {name: line[name] for name in names if name in line}
             missing = f" ({len(washed)} of {len(names)})" if len(washed) < len(names) else ""
-            worst = min(washed, key=lambda name: BETTER[metric] * washed[name], default="")
+            worst = min(washed, key=lambda name: known(metric).better * washed[name], default="")
             summary = [
                 shade(line.get(UNPURIFIED)),
                 shade(fmean(washed.values()) if washed else None, missing),
@@ -153,7 +146,7 @@ def purifiers(rows: Sequence[Row]) -> list[Table]:
                 lines.append((Cell(recipe), *summary, *(shade(washed.get(name)) for name in names)))
         columns = ("recipe", UNPURIFIED, "mean of purifiers", "worst of purifiers", *names)
         if names and lines:
-            tables.append(Table(f"{title}: {_arrow(metric)}", columns, tuple(lines), f"{_items(group)}."))
+            tables.append(Table(f"{title}: {heading(metric)}", columns, tuple(lines), f"{_items(group)}."))
     return tables
 
 
@@ -170,7 +163,7 @@ def transfer(rows: Sequence[Row]) -> list[Table]:
             if any(found):
                 lines.append((Cell(recipe), *(Cell(_text(value, 3, items)) for value in found)))
         columns = ("recipe", *(f"by {attacker}" for attacker in attackers))
-        tables.append(Table(f"{title}: {_arrow(metric)}", columns, tuple(lines), f"{_items(group)}."))
+        tables.append(Table(f"{title}: {heading(metric)}", columns, tuple(lines), f"{_items(group)}."))
     return tables
 
 
@@ -184,21 +177,21 @@ def overall(rows: Sequence[Row], kind: str) -> dict[str, float]:
 
 def _metrics_table(title: str, rows: Sequence[Row], more: Sequence[str] = ()) -> Table:
     present = {metric for row in rows for metric in row.metrics}
-    metrics = [*sorted(present, key=_column), *more]
+    metrics = [*sorted(present, key=place), *more]
     recipes = by_recipe(rows)
     items = len({row.unit for row in rows})
     columns = []
     for metric in metrics:
         found = {recipe: _of(own, metric) for recipe, own in recipes.items()}
-        texts = {recipe: _text(value, DIGITS.get(_plain(metric), 3), items) for recipe, value in found.items()}
+        texts = {recipe: _text(value, known(metric).digits, items) for recipe, value in found.items()}
         values = {recipe: value.mean for recipe, value in found.items() if value}
-        if metric == "linf":
+        if known(metric).largest:
             values = {recipe: max(per_item(own, metric).values()) for recipe, own in recipes.items() if found[recipe]}
             texts |= {recipe: f"{value:g}" for recipe, value in values.items()}
         best = _best({recipe: value for recipe, value in values.items() if recipe != CLEAN}, metric)
         columns.append([Cell(texts[recipe], recipe in best) for recipe in recipes])
     lines = tuple((Cell(recipe), *(column[i] for column in columns)) for i, recipe in enumerate(recipes))
-    return Table(title, ("recipe", *map(_arrow, metrics)), lines, f"{_items(rows)}.")
+    return Table(title, ("recipe", *map(heading, metrics)), lines, f"{_items(rows)}.")
 
 
 def _difference(rows: Sequence[Row], recipe: str, metric: str) -> str:
@@ -211,7 +204,7 @@ def _difference(rows: Sequence[Row], recipe: str, metric: str) -> str:
     control = per_item((row for row in rows if is_control(row.recipe) and (row.surrogate, row.budget) in how), metric)
     found = estimate({unit: value - control[unit] for unit, value in own.items() if unit in control})
     text = _text(found, 3, max(len(own), len(control)), sign="+")
-    worse = found and found.interval and max(BETTER[metric] * end for end in found.interval) < 0
+    worse = found and found.interval and max(known(metric).better * end for end in found.interval) < 0
     return f"{text} worse than {CONTROL}" if worse else text
 
 
@@ -221,7 +214,7 @@ def _scores(rows: Sequence[Row], recipes: Sequence[str], units: Sequence[Unit]) 
     scores = np.full((len(units), len(recipes)), np.nan)
     for recipe, own in by_recipe(rows).items():
         for unit, value in per_item(own, metric).items():
-            scores[units.index(unit), recipes.index(recipe)] = -BETTER[metric] * value
+            scores[units.index(unit), recipes.index(recipe)] = -known(metric).better * value
     return scores
 
 
@@ -247,7 +240,7 @@ def _shading(values: Sequence[float], metric: str) -> Callable[..., Cell]:
         if value is None:
             return Cell(NOTHING)
         share = (value - low) / (high - low) if high > low else 0.5
-        return Cell(f"{value:.3f}{more}", tone=round(share if BETTER[metric] > 0 else 1 - share, 3))
+        return Cell(f"{value:.3f}{more}", tone=round(share if known(metric).better > 0 else 1 - share, 3))
 
     return cell
 
@@ -267,7 +260,7 @@ def _text(found: Estimate | None, digits: int, items: int = 0, sign: str = "") -
 
 def _best(values: Mapping[str, float], metric: str) -> set[str]:
     """Return the recipes whose value is best for the protector: none if nobody knows which is, or all are equal."""
-    better = BETTER.get(_plain(metric), 0)
+    better = known(metric).better
     signed = {recipe: round(better * value, 9) for recipe, value in values.items()}
     top = max(signed.values(), default=0)
     return (
@@ -275,21 +268,6 @@ def _best(values: Mapping[str, float], metric: str) -> set[str]:
         if better and min(signed.values(), default=top) < top
         else set()
     )
-
-
-def _plain(metric: str) -> str:
-    return metric.removesuffix(OTHER_PROMPT)
-
-
-def _column(metric: str) -> tuple[bool, int, str]:
-    order = list(BETTER)
-    plain = _plain(metric)
-    return metric != plain, order.index(plain) if plain in order else len(order), metric
-
-
-def _arrow(metric: str) -> str:
-    arrow = {1: " ↑", -1: " ↓"}.get(BETTER.get(_plain(metric), 0), "")
-    return f"{'linf, largest' if metric == 'linf' else metric}{arrow}"
 
 
 def _items(rows: Sequence[Row]) -> str:

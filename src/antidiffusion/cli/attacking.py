@@ -169,7 +169,9 @@ def attack(
 
 
 def _offloaded(surrogate: Any, wanted: bool) -> AbstractContextManager[None]:
-    return surrogate.offload() if wanted else nullcontext()
+    from antidiffusion.models.memory import offload
+
+    return offload(surrogate) if wanted else nullcontext()
 
 
 def _choose(methods: dict[str, Any], name: str, options: dict[str, Any]) -> Any:
@@ -206,8 +208,7 @@ def _prepare(
 
 def _write(x: Any, output: Path, overwrite: bool) -> None:
     """Write pictures `(B, 3, H, W)` in [0, 1] side by side."""
-    from antidiffusion.pictures.picture import Picture
+    from antidiffusion.pictures.tensors import to_picture
 
     expect_finite(x, "the picture that the model drew")
-    strip = x.permute(2, 0, 3, 1).flatten(1, 2)  # (H, B W, 3)
-    Picture((strip * 255).round().byte().cpu().numpy()).write(output, overwrite=overwrite)
+    to_picture(x).write(output, overwrite=overwrite)

@@ -25,7 +25,9 @@ def bench(
 ) -> None:
     """Run protections against attacks and write a row for every trial; `antidiffusion report` shows them."""
     with usage():
-        from antidiffusion.bench import ROWS, Plan, run
+        from antidiffusion.bench.plan import Plan
+        from antidiffusion.bench.rows import ROWS
+        from antidiffusion.bench.runner import run
 
         if plan is not None and smoke:
             raise ValueError("expected a plan or --smoke, got both; leave one out")

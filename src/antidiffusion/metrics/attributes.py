@@ -1,6 +1,6 @@
 """A small classifier of what a portrait of the synthetic kind shows: it judges samples and edits of `mini`.
 
-How it was trained, and its accuracy on held-out people, is in benchmarks/attributes.py and its result.
+How it was trained, and its accuracy on held-out people, is in tools/train_mini/train_attributes.py and its result.
 """
 
 from importlib import resources
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from antidiffusion.metrics.pictures import check_pictures
+from antidiffusion.pictures.tensors import check_pictures
 
 WEIGHTS = Path(str(resources.files("antidiffusion"))) / "mini" / "attributes.safetensors"
 COLOURS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")

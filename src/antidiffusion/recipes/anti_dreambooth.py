@@ -30,7 +30,7 @@ def learner(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
     Arguments and returns as `antidiffusion.models.tuning.tunable`.
     """
     with tunable(surrogate, method) as (weights, learning_rate):
-        full = weights[0] is next(surrogate.unet.parameters())
+        full = weights[0] is next(surrogate.denoiser.parameters())
         text = [weight for encoder in surrogate.text_encoders for weight in encoder.parameters()] if full else []
         with restored(text) if text else nullcontext():
             yield [*weights, *text], learning_rate

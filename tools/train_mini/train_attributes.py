@@ -1,7 +1,7 @@
 """Train the classifier of `antidiffusion.metrics.attributes` on renders; it judges samples and edits of `mini`.
 
     cd tools && python -m portraits train ASSETS DATA --count 12000 && python -m portraits identities ASSETS IDS
-    python benchmarks/attributes.py DATA IDS     # writes the package's weights and results/attributes.json
+    python train_mini/train_attributes.py DATA IDS    # writes the weights, benchmarks/results/attributes.json
 
 Its own accuracy, on held-out identities and on their reconstructions by the autoencoder, is in the results.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from antidiffusion.metrics.attributes import CLASSES, COLOURS, WEIGHTS, Attributes
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PROMPTED = ("hair", "background", "glasses", "clothing", "beard")  # what samples are judged by
 BEARDS = {"beard": "beard", "longbeard": "beard", "moustache": "moustache"}  # stubble hardly shows at 128 pixels
 
@@ -130,7 +130,7 @@ def main() -> None:
         decoded = torch.cat([mini.decode(mini.posterior(batch).mean) for batch in x.split(20)])
     result = {"held_out_pictures": len(x), "renders": accuracy(network, x, truth)}
     result["reconstructions"] = accuracy(network, decoded, truth)
-    (HERE / "results" / "attributes.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "attributes.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
