@@ -22,12 +22,12 @@ import numpy as np
 import shapes
 import torch
 import torch.nn.functional as F
+from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.tuning import denoising, tunable
-from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes import (
     PERTURBATION,

@@ -19,7 +19,6 @@ LAYERS = [
     {"protection"},
     {"card"},
     {"attacks", "recipes", "data"},
-    {"objectives"},
     {"metrics"},
     {"models"},
     {"pictures"},
@@ -43,7 +42,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_attacks_do_not_know_protections() -> None:
     for path in (ROOT / "attacks").glob("*.py"):
-        assert not imported(path) & {"protection", "objectives", "recipes"}, path
+        assert not imported(path) & {"protection", "recipes"}, path
 
 
 @pytest.mark.parametrize("module", ["rows", "estimates", "tables", "figures", "report"])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Settings:
     """What is done to every picture of a run; a process of its own can be sent it.
 
     Arguments:
-        recipe, seed, together, side: As in `antidiffusion.protection.protect`.
+        recipe, seed, together, side, luma, low_memory: As in `antidiffusion.protection.protect`.
+        mask: A picture's file, as large as the others.
         resize: Longest side in pixels that a picture is scaled down to before it is protected; None for as it is.
         quality: Of JPEG outputs.
         overwrite: Replace existing outputs.
@@ -43,6 +45,9 @@ class Settings:
     seed: int = 0
     together: bool = False
     side: int | None = None
+    mask: Path | None = None
+    luma: bool = False
+    low_memory: bool = False
     resize: int | None = None
     quality: int | None = None
     overwrite: bool = False
@@ -99,7 +104,8 @@ class Worker:
         if not ready:
             return
         try:
-            options: Any = {"seed": self.settings.seed, "together": self.settings.together, "side": self.settings.side}
+            names = ("seed", "together", "side", "mask", "luma", "low_memory")
+            options: Any = {name: getattr(self.settings, name) for name in names}
             pictures = [picture for _, picture in ready]
             results = protect(pictures, self.settings.recipe, surrogate=self.surrogate, progress=progress, **options)
         except FAILURES as error:
@@ -184,14 +190,16 @@ class Worker:
         """Return by job a hash of all that decides the bytes of its output; files that cannot be read have none."""
         contents: dict[Job, str] = {}
         for job in jobs:
-            try:
-                with job.source.open("rb") as file:
-                    contents[job] = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError:
-                continue  # its sentence comes when it is opened
-        decisive = replace(self.settings, overwrite=False, again=False)
+            with suppress(OSError):  # its sentence comes when it is opened
+                contents[job] = _content(job.source)
+        decisive = replace(self.settings, mask=None, low_memory=False, overwrite=False, again=False)
         model = [self.surrogate.sha256, self.surrogate.precision]
-        options = {"recipe": type(decisive.recipe).__name__, "settings": asdict(decisive), "model": model}
+        options: dict[str, Any] = {
+            "recipe": type(decisive.recipe).__name__,
+            "settings": asdict(decisive),
+            "model": model,
+        }
+        options["mask"] = _content(self.settings.mask) if self.settings.mask else None
         group = sorted(contents.values()) if self.settings.together else []
         return {
             job: _digest(options | {"format": job.target.suffix.lower(), "picture": content, "group": group})
@@ -265,6 +273,11 @@ def expect_room(folder: Path, needed: int) -> None:
     if free < needed:
         got = f"room for {free / 1e6:.1f} MB, and the picture may take {needed / 1e6:.1f} MB"
         raise OSError(errno.ENOSPC, got, str(folder))
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(values: Any) -> str:

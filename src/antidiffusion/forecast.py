@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from antidiffusion.card import peak_memory
 from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.semantic import BALANCE_EVERY
 from antidiffusion.pictures.picture import Picture
 from antidiffusion.protection import protect
 from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion
+from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 
 WARM = {PROMPT: 1, TUNING: 1, PERTURBATION: BALANCE_EVERY}
 """Steps of each stage that are not timed: first ones are slow."""
@@ -32,13 +33,14 @@ def forecast(
     *,
     together: bool = False,
     side: int | None = None,
+    low_memory: bool = False,
 ) -> Forecast:
     """Protect one picture, or all if `together`, with few steps, and reckon the whole run from their times.
 
     Arguments:
         pictures: What will be protected; the largest stands for all, and no other is kept unless `together`.
         recipe: With which; every stage that it runs is tried.
-        surrogate, together, side: As in `protect`.
+        surrogate, together, side, low_memory: As in `protect`.
     """
     tried: list[Picture] = []
     count = 0
@@ -63,7 +65,8 @@ def forecast(
         seconds.setdefault(stage, []).append(now - last)
         last = now
 
-    protect(tried, short, surrogate=surrogate, together=together, side=side, progress=clock)
+    how: Any = {"together": together, "side": side, "low_memory": low_memory}
+    protect(tried, short, surrogate=surrogate, progress=clock, **how)
     around = time.perf_counter() - begun - sum(map(sum, seconds.values()))
     steps = {stage: times[WARM[stage] :] or times for stage, times in seconds.items()}
     whole = sum(recipe.counts[stage] * sum(times) / len(times) for stage, times in steps.items())

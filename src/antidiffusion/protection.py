@@ -3,15 +3,18 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Generator
 
 from antidiffusion.card import card_path, measured, peak_memory, versions
 from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.memory import low_memory as lean
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.files import atomic
@@ -100,6 +103,9 @@ def protect(
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
+    mask: Picture | str | Path | None = None,
+    luma: bool = False,
+    low_memory: bool = False,
     progress: Progress = silent,
 ) -> list[Protected]:
     """Protect pictures against tuning and editing with the surrogate's kind of model.
@@ -111,6 +117,9 @@ def protect(
         seed: Of all randomness. A picture gives the same bytes alone and among others, unless `together`.
         together: Protect all pictures, of one person, jointly: one text embedding and one tuned surrogate.
         side: Resolution in pixels at which the surrogate looks; the model's own if None.
+        mask: A picture as large as the others, white where these may change; anywhere if None.
+        luma: Move the channels of a pixel alike, so that colours stay.
+        low_memory: Recompute instead of keeping, and have on disk what is not needed: half of the memory, more time.
         progress: Called after every step with the stage's name, the steps done and the steps in all.
 
     Returns:
@@ -118,7 +127,8 @@ def protect(
 
     Raises:
         PictureError: If a picture cannot be read.
-        ValueError: If the recipe is unknown or has impossible settings.
+        ValueError: If the recipe is unknown, has impossible settings or no meaning for the model, or the mask does not
+            fit the pictures.
     """
     if isinstance(pictures, str | Path | Picture):
         raise ValueError(f"expected a list of pictures, got {type(pictures).__name__}; put it in brackets")
@@ -128,10 +138,32 @@ def protect(
         recipe = RECIPES[recipe]
     Linf(recipe.budget)
     read = [picture if isinstance(picture, Picture) else Picture.read(picture) for picture in pictures]
+    where = Where(None if mask is None else white(mask), luma)
     groups = [read] if together else [[picture] for picture in read]
-    return [
-        protected for group in groups for protected in _protect_group(group, recipe, surrogate, seed, side, progress)
-    ]
+    results = []
+    for group in groups:
+        with lean(surrogate) if low_memory else nullcontext():
+            results += _protect_group(group, recipe, surrogate, seed, side, where, progress)
+    return results
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where perturbations may be: a mask `(H, W)` bool, or None, and whether channels move alike."""
+
+    mask: np.ndarray | None
+    luma: bool
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the report card says of it."""
+        return {"luma": self.luma, "mask_share": None if self.mask is None else round(float(self.mask.mean()), 4)}
+
+
+def white(mask: Picture | str | Path) -> np.ndarray:
+    """Return where a picture is white, `(H, W)` bool."""
+    picture = mask if isinstance(mask, Picture) else Picture.read(mask)
+    return picture.pixels.mean(-1) > 127.5
 
 
 def _protect_group(
@@ -140,6 +172,7 @@ def _protect_group(
     surrogate: Surrogate,
     seed: int,
     side: int | None,
+    where: Where,
     progress: Progress,
 ) -> list[Protected]:
     begun = time.perf_counter()
@@ -148,7 +181,7 @@ def _protect_group(
     for picture in pictures:
         height, width, _ = picture.pixels.shape
         size = view_size(height, width, side or surrogate.size, surrogate.multiple)
-        canvases.append(Canvas(picture.pixels, size, surrogate.device))
+        canvases.append(Canvas(picture.pixels, size, surrogate.device, mask=where.mask, luma=where.luma))
     trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - begun
     results = []
@@ -166,7 +199,7 @@ def _protect_group(
                 "protected_together": len(pictures),
                 "notes": list(picture.notes),
             },
-            "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"},
+            "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"} | where.card,
             **measured(picture, protected, canvas, surrogate, seed),
             "cost": {"seconds": round(seconds, 2), "peak_memory_mb": round(peak_memory(surrogate.device) / 1e6)},
             "versions": versions(),

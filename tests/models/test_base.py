@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from antidiffusion.objectives.semantic import DenoisingSemantic
 from conftest import ARCHITECTURES, Checkpoint, build_pipeline
 from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given
@@ -14,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
 from antidiffusion.models.loading import load_parts
-from antidiffusion.objectives.semantic import DenoisingSemantic
 
 WINDOW = 32
 ANGLES = torch.linspace(0.01, 1.55, 50)

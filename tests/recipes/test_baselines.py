@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from antidiffusion.objectives.denoising import Denoising
+from antidiffusion.objectives.editing import EditTarget
+from antidiffusion.objectives.feature import DenoisingFeature
+from antidiffusion.objectives.first_step import FirstStepNoise
+from antidiffusion.objectives.latent import Fused, LatentTarget
 from command_line import cli
 from PIL import Image
 from torch import Generator, Tensor
@@ -16,11 +21,6 @@ import antidiffusion.card
 import antidiffusion.recipes.simac
 from antidiffusion import Picture, protect
 from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.denoising import Denoising
-from antidiffusion.objectives.editing import EditTarget
-from antidiffusion.objectives.feature import DenoisingFeature
-from antidiffusion.objectives.first_step import FirstStepNoise
-from antidiffusion.objectives.latent import Fused, LatentTarget
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import PictureError

@@ -2,17 +2,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Generator, Tensor
-
-from antidiffusion.attacks.base import Prompts
-from antidiffusion.attacks.sdedit import SDEdit
-from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
 from antidiffusion.objectives.denoising import Denoising, Mean, predicted_noise, with_slope
 from antidiffusion.objectives.distillation import Distillation
 from antidiffusion.objectives.editing import EditTarget
 from antidiffusion.objectives.feature import DenoisingFeature, record_features
 from antidiffusion.objectives.first_step import FirstStepNoise, RandomlyMasked, shrink
 from antidiffusion.objectives.latent import Fused, LatentTarget
+from torch import Generator, Tensor
+
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.sdedit import SDEdit
+from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
 
 
 def seeded(seed: int = 0) -> Generator:

@@ -65,6 +65,10 @@ def protect(
     tuning: Annotated[Tuning, typer.Option(help="How these steps tune it.")] = Tuning.auto,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Recompute instead of keeping; slower.")] = False,
     side: Annotated[int | None, typer.Option(min=64, help="Pixels at which the surrogate looks.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture as large as IN, white where IN may change: the rest stays as it is.")
+    ] = None,
+    luma: Annotated[bool, typer.Option("--luma", help="Change brightness only, not colours.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Same seed, same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Precision of the surrogate.")] = DType.auto,
@@ -99,6 +103,7 @@ def protect(
     with usage(), Teller(log) as teller:
         from antidiffusion.batch import Settings, run
         from antidiffusion.folders import plan
+        from antidiffusion.pictures.picture import Picture
         from antidiffusion.workers import spread
 
         if quick and strong:
@@ -113,7 +118,6 @@ def protect(
             "--rounds": rounds,
             "--tuning-steps": tuning_steps,
             "--tuning": None if tuning is Tuning.auto else tuning.value,
-            "--low-memory": low_memory or None,
         }
         chosen = choose_recipe(recipe, "quick" if quick else "strong" if strong else None, options)
         if dry_run and not hasattr(chosen, "counts"):
@@ -121,7 +125,10 @@ def protect(
         suffix = ".jpg" if jpeg else f".{format_}" if format_ else None
         with streams(inputs, output, suffix) as (sources, destination, pour):
             planned = plan(sources, destination, suffix=suffix)
-            how: dict[str, Any] = {"resize": resize, "quality": jpeg, "overwrite": overwrite, "again": again}
+            if mask is not None:
+                Picture.read(mask)  # better now than after the first picture
+            how: dict[str, Any] = {"mask": mask, "luma": luma, "low_memory": low_memory, "resize": resize}
+            how |= {"quality": jpeg, "overwrite": overwrite, "again": again}
             settings = Settings(chosen, seed, together, side, **how)
             teller.left_out(planned.left)
             load = partial(
@@ -193,7 +200,8 @@ def _forecast(jobs: list[Any], settings: Any, surrogate: Any, teller: Teller, as
                     needed += found.pixels.nbytes
                     yield found
 
-    found = forecast(opened(), settings.recipe, surrogate, together=settings.together, side=settings.side)
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("together", "side", "low_memory")}
+    found = forecast(opened(), settings.recipe, surrogate, **how)
     figures = {"pictures": found.pictures, "seconds": round(found.seconds, 1)}
     figures |= {"peak_memory_mb": round(found.peak_memory / 1e6), "output_mb": round(needed / 1e6, 1)}
     if as_json:
