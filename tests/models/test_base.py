@@ -15,8 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
 from antidiffusion.models.kinds import Kind, classify
 from antidiffusion.models.weights import Location
-from antidiffusion.objectives.semantic import DenoisingSemantic
-from antidiffusion.models.loading import load_parts
 
 WINDOW = 32
 ANGLES = torch.linspace(0.01, 1.55, 50)
