@@ -77,7 +77,7 @@ def _summary(x: Tensor, y: Tensor, pixels_per_degree: float) -> Tensor:
     counts, total = torch.zeros(BINS, dtype=torch.float64), 0.0
     for top in range(0, height, rows):
         low, high = max(0, top - halo), min(height, top + rows + halo)
-        apart = difference(*(z[..., low:high, :] for z in (x, y)), pixels_per_degree)
+        apart = difference(x[..., low:high, :], y[..., low:high, :], pixels_per_degree)
         apart = apart[..., top - low : top - low + rows, :]
         total += apart.double().sum().item()
         counts += torch.histc(apart.float().cpu().clamp(max=LARGEST), BINS, 0, LARGEST).double()
