@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Picture, Surrogate
@@ -35,6 +34,7 @@ from antidiffusion.metrics.fidelity import ssim
 from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism
 from antidiffusion.metrics.statistics import bootstrap
 from antidiffusion.models.sampling import sample
+from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import versions
 
 HERE = Path(__file__).parent
@@ -70,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
 def show(rows: list[Tensor], path: Path) -> None:
     """Write rows of pictures `(N, 3, H, W)` as one sheet."""
     sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-    Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
+    to_picture(sheet[None]).write(path, overwrite=True)
 
 
 def tuning(surrogate: Surrogate, count: int, only: list[str] | None) -> None:

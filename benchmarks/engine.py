@@ -72,10 +72,12 @@ def prepared(model: str, divisor: int, precision: str) -> tuple[Any, Any]:
 
 def precisions(model: str, *, full_tuning: bool) -> list[str]:
     """Return float32, and after it what `--dtype auto` takes for a large model if that is another one here."""
-    from antidiffusion.cli.shared import fast_dtype
+    import torch
 
-    fast = "float32" if model == "mini" else fast_dtype("cpu", full_tuning=full_tuning).value
-    return list(dict.fromkeys(["float32", fast]))
+    from antidiffusion.models.precision import dtypes_of
+
+    weights, computing = dtypes_of("auto", torch.device("cpu"), small=model == "mini", full_tuning=full_tuning)
+    return list(dict.fromkeys(["float32", "mixed" if computing else str(weights).removeprefix("torch.")]))
 
 
 def compared(model: str, name: str, precision: str) -> dict[str, float]:
@@ -95,10 +97,11 @@ def compared(model: str, name: str, precision: str) -> dict[str, float]:
     if name == REFERENCE:
         for module in surrogate.modules:
             module.to(memory_format=torch.contiguous_format)  # as a plain implementation has them
-        parts = (surrogate.vae, surrogate.unet, surrogate.text_encoders[0], surrogate.tokenizers[0])
+        parts = (surrogate.vae, surrogate.denoiser, surrogate.text_encoders[0], surrogate.tokenizers[0])
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
-            return timed(lambda: reference_official.protect_official(*parts, surrogate.scheduler, image, **schedule))
+            scheduler = surrogate.pipeline().scheduler
+            return timed(lambda: reference_official.protect_official(*parts, scheduler, image, **schedule))
     chosen: Any = PRESETS.get(name) or RECIPES[name]
     recipe = replace(chosen, **schedule)
     canvas = Canvas(pixels, pixels.shape[:2])

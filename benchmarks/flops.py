@@ -137,7 +137,7 @@ def total_steps(recipe: Recipe) -> int:
 
 def released_steps(surrogate: Surrogate) -> dict[str, float]:
     """Return the TFLOP of one step of every stage of the released procedure."""
-    vae, unet, scheduler = surrogate.vae, surrogate.unet, surrogate.scheduler
+    vae, unet, scheduler = surrogate.vae, surrogate.denoiser, surrogate.pipeline().scheduler
     for module in (vae, unet):
         module.requires_grad_(True)
     unet.set_attn_processor(AttnProcessor())

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Picture, Surrogate
@@ -30,6 +29,7 @@ from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import versions
 from antidiffusion.recipes.ascent import ascend
 
@@ -122,7 +122,7 @@ def main() -> None:
     rows = [x, decoded, clean_edit]
     rows += [sample(PROMPTS, surrogate, Generator().manual_seed(seed), guidance=4) for seed in (0, 1)]
     sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-    Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy()).save(args.sheet)
+    to_picture(sheet[None]).write(args.sheet, overwrite=True)
     print(json.dumps(result, indent=1))
 
 

@@ -11,8 +11,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from antidiffusion import Surrogate
 from antidiffusion.bench.plan import Plan
 from antidiffusion.bench.rows import CONTROL, ROWS
@@ -27,8 +25,7 @@ RECIPES = {ATTACKER: (CONTROL, *TUNED, *OTHERS), "bfloat16": (CONTROL, *OTHERS),
 
 
 def load(precision: str) -> Surrogate:
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return Surrogate.from_pretrained("mini", dtype=dtype, autocast=torch.bfloat16 if precision == MIXED else None)
+    return Surrogate.from_pretrained("mini", device="cpu", dtype="float32" if precision == ATTACKER else precision)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
@@ -21,6 +20,7 @@ from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
+from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import versions
 
 sys.path.append(str(Path(__file__).parents[1] / "tools" / "train_mini"))
@@ -95,7 +95,7 @@ def main() -> None:
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     rows = [torch.cat(list(row), 2) for row in samples[:32].split(8)]
-    Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().numpy()).save(args.sheet)
+    to_picture(torch.cat(rows, 1)[None]).write(args.sheet, overwrite=True)
     print(json.dumps(result, indent=1))
 
 

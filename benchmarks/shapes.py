@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from antidiffusion.models.base import Surrogate
+from antidiffusion.models.schedule import VP
+from antidiffusion.models.sd import StableDiffusion
 
 TOKENS = 77
 
@@ -89,7 +90,7 @@ class Ids:
         return self
 
 
-def build(version: str = "2.1", device: str = "meta", precision: str = "float32", divisor: int = 1) -> Surrogate:
+def build(version: str = "2.1", device: str = "meta", precision: str = "float32", divisor: int = 1) -> StableDiffusion:
     """Build the surrogate with random weights, directly in their dtype so that building needs no more than the weights.
 
     Arguments:
@@ -115,10 +116,12 @@ def build(version: str = "2.1", device: str = "meta", precision: str = "float32"
         if device != "meta":
             module.to_empty(device=device)
             fill(module)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    schedule = VP(
+        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False).config
+    )
     tokenizers = [Ids() for _ in encoders]
-    parts = (f"{shape.name} shape", vae, unet, encoders, tokenizers, scheduler, shape.side)
-    return Surrogate(*parts, autocast=torch.bfloat16 if mixed else None).to(device)
+    parts = (f"{shape.name} shape", vae, unet, encoders, tokenizers, schedule, shape.side)
+    return StableDiffusion(*parts, autocast=torch.bfloat16 if mixed else None).to(device)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from antidiffusion.models.base import Surrogate
 
 def pipeline(surrogate: Surrogate, kind: str = "", **more: Any) -> Any:
     """Wrap the surrogate's parts, and `more`, in StableDiffusion{kind}Pipeline, or StableDiffusionXL{kind}Pipeline."""
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet} | more
-    parts["scheduler"] = diffusers.DDIMScheduler.from_config(surrogate.scheduler.config)
+    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.denoiser} | more
+    parts["scheduler"] = diffusers.DDIMScheduler.from_config(dict(surrogate.schedule.scheduler))
     for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
         parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
     if len(surrogate.tokenizers) == 2:

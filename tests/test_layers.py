@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives"},
     {"metrics"},
     {"models"},
-    {"pictures", "process"},
+    {"pictures", "process", "progress"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

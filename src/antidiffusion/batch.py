@@ -10,8 +10,9 @@ from typing import Any
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.picture import READABLE, WRITERS, Picture, PictureError
+from antidiffusion.progress import Progress
 from antidiffusion.protection import Protected, card_path, protect
-from antidiffusion.recipes import Progress, Recipe
+from antidiffusion.recipes import Recipe
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
 OUT_OF_MEMORY = re.compile("(out of|allocate|enough) memory")  # PyTorch says so in a RuntimeError

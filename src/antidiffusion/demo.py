@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from torch import Tensor
 
 from antidiffusion.attacks.base import Attack, Prompts
 from antidiffusion.attacks.masactrl import MasaCtrl
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.base import Surrogate
+from antidiffusion.pictures.files import atomic
 from antidiffusion.pictures.picture import Bytes, Picture
+from antidiffusion.pictures.tensors import to_picture
+from antidiffusion.progress import Progress
 from antidiffusion.protection import protect
-from antidiffusion.recipes import Progress, RandomSign, Recipe
+from antidiffusion.recipes import RandomSign, Recipe
 
 PROMPTS = Prompts("a portrait of a person, wearing sunglasses and a red shirt", source="a portrait of a person")
 ATTACKS: dict[str, Attack] = {"SDEdit": SDEdit(strength=0.5, guidance=3.0), "MasaCtrl": MasaCtrl(guidance=5.0)}
@@ -71,7 +73,7 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
         edits: dict[str, dict[str, Picture]] = {method: {} for method in ATTACKS}
         for method, attack in ATTACKS.items():
             for name, picture in versions.items():
-                edit = _picture(attack(picture.tensor(), PROMPTS, surrogate, seed))
+                edit = to_picture(attack(picture.tensor(), PROMPTS, surrogate, seed))
                 edit.write(output / f"{stem}-{name.replace(' ', '-')}-{method.lower()}.png", overwrite=True)
                 edits[method][name] = edit
                 named(f"{method}, {name}", 1, 1)
@@ -83,9 +85,8 @@ def run_demo(output: Path, surrogate: Surrogate, recipe: Recipe, *, seed: int, p
     )
     settings = {"prompt": PROMPTS.target, "attacks": list(ATTACKS), "magnify": MAGNIFY, "budget": f"{recipe.budget:g}"}
     page = output / "index.html"
-    partial = page.with_suffix(".part")
-    partial.write_text(environment.get_template("demo.html").render(people=people, **settings), encoding="utf-8")
-    partial.replace(page)
+    with atomic(page, overwrite=True) as (part,):
+        part.write_text(environment.get_template("demo.html").render(people=people, **settings), encoding="utf-8")
     return page
 
 
@@ -103,10 +104,6 @@ def _shown(name: str, picture: Picture, original: Picture, edits: Mapping[str, M
             method: ssim(group[name].tensor(), group["clean"].tensor()).item() for method, group in edits.items()
         },
     )
-
-
-def _picture(x: Tensor) -> Picture:
-    return Picture((x[0].permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def _embed(pixels: Bytes) -> str:

@@ -122,10 +122,11 @@ def test_each_picture_has_its_own_draws(tiny: Surrogate, x: Tensor) -> None:
 
 
 def test_progress_counts_maps_and_steps(tiny: Surrogate, x: Tensor) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     edit = DiffEdit(steps=5, strength=0.6, maps=2)
     edit(x, PROMPTS, tiny, 0, progress=lambda *call: calls.append(call))
-    assert calls == [(done, 2 + 3 + 3) for done in range(1, 9)]
+    stages = ["comparing"] * 2 + ["inverting"] * 3 + ["drawing"] * 3
+    assert calls == [(stage, done, 8) for done, stage in enumerate(stages, 1)]
 
 
 @pytest.mark.parametrize(

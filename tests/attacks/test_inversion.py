@@ -83,7 +83,7 @@ def test_guidance_and_progress(tiny: Surrogate, x: Tensor) -> None:
     z, embedding = latents(x, tiny), tiny.embed([PROMPT])
     tiny.scheduler.set_timesteps(3)
     calls: list[tuple[int, int]] = []
-    options: Any = {"guidance": torch.tensor([1.0, 5.0]), "progress": lambda *call: calls.append(call)}
+    options: Any = {"guidance": torch.tensor([1.0, 5.0]), "progress": lambda *call: calls.append(call[1:])}
     ours = invert(z, tiny.scheduler.timesteps, embedding, tiny, **options)
     plain = invert(z, tiny.scheduler.timesteps, embedding, tiny)
     assert calls == [(1, 3), (2, 3), (3, 3)]
@@ -108,7 +108,7 @@ def test_phases_hold_for_their_steps(tiny: Surrogate, x: Tensor, monkeypatch: py
     monkeypatch.setattr(tiny, "predict", watched)
     phases = [(0, phase("never")), (1, phase("a")), (3, phase("b"))]
     calls: list[tuple[int, int]] = []
-    options: Any = {"steps": 3, "guidance": 2.0, "progress": lambda *call: calls.append(call)}
+    options: Any = {"steps": 3, "guidance": 2.0, "progress": lambda *call: calls.append(call[1:])}
     edit_beside_source(x, Prompts("a hat"), tiny, 0, phases=phases, **options)
     assert seen == [("", 2)] * 3 + [("a", 6)] + [("b", 6)] * 2
     assert calls == [(done, 6) for done in range(1, 7)]

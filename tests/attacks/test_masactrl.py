@@ -79,7 +79,7 @@ def test_the_seed_decides_and_a_batch_does_not(tiny: Surrogate) -> None:
 def test_processors_come_back_after_an_error(tiny: Surrogate, x: Tensor) -> None:
     before = tiny.unet.attn_processors
 
-    def stop(done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
         if done == 3:
             assert any(isinstance(value, SharingProcessor) for value in tiny.unet.attn_processors.values())
             raise RuntimeError("stop")

@@ -1,6 +1,5 @@
 """What all tuning attacks have in common."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from antidiffusion.attacks.lora import LoRA
 from antidiffusion.attacks.textual_inversion import TextualInversion
 from antidiffusion.attacks.tuned import Tuning
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.sampling import sample, silent
+from antidiffusion.models.sampling import sample
+from antidiffusion.progress import Progress, silent
 
 SHORT: dict[str, Any] = {"steps": 2, "sampling_steps": 2, "guidance": 3.0, "learning_rate": 1e-2}
 ATTACKS = [
@@ -55,8 +55,8 @@ def assert_untouched(surrogate: Surrogate, before: dict[str, Tensor], tokenizers
     assert not surrogate.unet.is_gradient_checkpointing
 
 
-def interrupt(after: int) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
+def interrupt(after: int) -> Progress:
+    def report(stage: str, done: int, total: int) -> None:
         if done > after:
             raise KeyboardInterrupt
 
@@ -81,7 +81,7 @@ def test_the_call_draws_with_the_tuned_model(tiny: Surrogate, x: Tensor, attack:
     torch.manual_seed(1)
     random, calls = torch.get_rng_state(), list[tuple[int, int]]()
     prompts = Prompts([PORTRAIT, "a red hat"], [PROMPT])
-    called = attack(x, prompts, tiny, 3, progress=lambda *call: calls.append(call))
+    called = attack(x, prompts, tiny, 3, progress=lambda *call: calls.append(call[1:]))
     assert torch.equal(torch.get_rng_state(), random)
     assert_untouched(tiny, before, tokenizers)
     torch.manual_seed(2)  # has no influence
@@ -114,7 +114,7 @@ def test_the_seed_decides_the_tuning(tiny: Surrogate, x: Tensor, attack: Tuning)
 def test_gradient_checkpointing_changes_nothing(tiny: Surrogate, x: Tensor, attack: Tuning) -> None:
     losses, flags = [], []
 
-    def report(done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int) -> None:
         flags.append(tiny.unet.is_gradient_checkpointing)
 
     for checkpointing in (False, True):
@@ -219,9 +219,9 @@ def test_impossible_settings(attack: Tuning, setting: str, value: float, message
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(0, 3, 64, 64), r"at least one picture, \(B, 3, H, W\), got \(0, 3, 64, 64\); stack"),
-        (torch.zeros(3, 64, 64), r"at least one picture, \(B, 3, H, W\), got \(3, 64, 64\); stack"),
-        (torch.zeros(1, 4, 64, 64), r"at least one picture, \(B, 3, H, W\), got \(1, 4, 64, 64\); stack"),
+        (torch.zeros(0, 3, 64, 64), r"float32 pictures \(B, 3, H, W\), got torch.float32 \(0, 3, 64, 64\); stack"),
+        (torch.zeros(3, 64, 64), r"float32 pictures \(B, 3, H, W\), got torch.float32 \(3, 64, 64\); stack"),
+        (torch.zeros(1, 4, 64, 64), r"float32 pictures \(B, 3, H, W\), got torch.float32 \(1, 4, 64, 64\); stack"),
         (torch.zeros(1, 3, 64, 100), "multiples of 64, got 100 x 64; resize"),
         (torch.full((1, 3, 64, 64), 255.0), r"pixels in \[0, 1\], got 255 to 255; divide"),
         (torch.full((1, 3, 64, 64), torch.nan), r"pixels in \[0, 1\], got nan to nan"),
@@ -244,5 +244,5 @@ def test_impossible_pictures(tiny: Surrogate, x: Tensor, message: str) -> None:
 def test_impossible_texts(tiny: Surrogate, x: Tensor, prompts: Prompts, message: str) -> None:
     calls: list[tuple[int, int]] = []
     with pytest.raises(ValueError, match=message):
-        ATTACKS[2](x, prompts, tiny, 0, progress=lambda *call: calls.append(call))
+        ATTACKS[2](x, prompts, tiny, 0, progress=lambda *call: calls.append(call[1:]))
     assert not calls  # found out before the long work

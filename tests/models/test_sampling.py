@@ -120,9 +120,9 @@ def test_after_every_step_the_latents_can_be_changed(tiny: Surrogate, generator:
 
 
 def test_progress(tiny: Surrogate, generator: Generator) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     sample(PROMPTS[:1], tiny, generator, steps=3, guidance=1, progress=lambda *call: calls.append(call))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [("drawing", done, 3) for done in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("size", [(64, 65), (72, 64), (0, 64), (-64, 64)])

@@ -601,7 +601,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert "No such file" in refusal(lambda: Picture(noise()).write(tmp_path / "missing" / "a.png"))
     (tmp_path / "folder.png").mkdir()
-    assert "existing" in refusal(lambda: Picture(noise()).write(tmp_path / "folder.png"))
+    assert "directory" in refusal(lambda: Picture(noise()).write(tmp_path / "folder.png"))
     assert "directory" in refusal(lambda: Picture(noise()).write(tmp_path / "folder.png", overwrite=True))
     assert len(list(tmp_path.iterdir())) == 1
 

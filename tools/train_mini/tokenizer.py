@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from models import TOKENS
+from train_mini.settings import TOKENS
 
 END_OF_WORD = "</w>"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -14,7 +14,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 EXTRA = "sks person zwx xyz boy girl face painting drawing picture in the style of image mountain beach city dslr"
 
 
-def build_tokenizer(captions: list[str], folder: Path, vocabulary: int = 1024) -> CLIPTokenizer:
+def build_tokenizer(captions: list[str], folder: Path, vocabulary: int) -> CLIPTokenizer:
     """Learn the merges from `captions`, save the tokenizer to `folder` and return it; any text tokenises."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD, unk_token=END))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate
-from antidiffusion.models.sampling import Report, silent
+from antidiffusion.progress import Progress, silent
 
 Texts = str | Sequence[str]
 
@@ -47,7 +47,7 @@ class Attack(Protocol):
     """
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor: ...
 
 

@@ -68,7 +68,7 @@ class CustomDiffusion(PriorTuning):
 def keys_and_values(surrogate: Surrogate) -> dict[str, Tensor]:
     """Return the projections of the text by name, each `(d_out, d_text)`."""
     ends = ("attn2.to_k.weight", "attn2.to_v.weight")
-    return {name: value for name, value in surrogate.unet.named_parameters() if name.endswith(ends)}
+    return {name: value for name, value in surrogate.denoiser.named_parameters() if name.endswith(ends)}
 
 
 def save(surrogate: Surrogate, tokens: dict[str, Tensor], folder: Path) -> None:
@@ -76,7 +76,7 @@ def save(surrogate: Surrogate, tokens: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     # diffusers takes an empty entry for an attention that keeps its weights, and wants one for every attention.
-    state = {name: torch.empty(0) for name in surrogate.unet.attn_processors if name.endswith("attn1.processor")}
+    state = {name: torch.empty(0) for name in surrogate.denoiser.attn_processors if name.endswith("attn1.processor")}
     for name, value in keys_and_values(surrogate).items():
         attention, projection, _ = name.rsplit(".", 2)
         state[f"{attention}.processor.{projection}_custom_diffusion.weight"] = value.detach().contiguous()

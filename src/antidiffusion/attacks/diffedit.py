@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
-from antidiffusion.attacks.inversion import invert, report_from
 from antidiffusion.models.base import Embedding, Posterior, Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent
+from antidiffusion.models.sampling import check_size, denoise, invert, way_down
+from antidiffusion.models.schedule import noised
+from antidiffusion.progress import Progress, part, silent
 
 
 @dataclass(frozen=True)
@@ -48,38 +49,40 @@ class DiffEdit:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         source, target = (embed_each(texts, len(x), surrogate) for texts in (prompts.source, prompts.target))
         generator = Generator().manual_seed(seed)
-        surrogate.scheduler.set_timesteps(self.steps, device=surrogate.device)
-        first, mask_first = (self.steps - int(self.steps * share) for share in (self.strength, self.mask_strength))
-        timesteps = surrogate.scheduler.timesteps[first:]
-        total = self.maps + 2 * len(timesteps)
+        height, width = x.shape[-2:]
+        compared, times = (
+            way_down(surrogate, height, width, self.steps, share) for share in (self.mask_strength, self.strength)
+        )
+        run = len(times) - 1
+        total = self.maps + 2 * run
 
         posterior = surrogate.posterior(x)
         contrast = difference(
             posterior,
-            surrogate.scheduler.timesteps[mask_first],
+            compared[0],
             source,
             target,
             surrogate,
             generator,
             maps=self.maps,
-            progress=report_from(progress, 0, total),
+            progress=part(progress, 0, total),
         )
         mask = (contrast > self.mask_threshold * contrast.mean((1, 2, 3), keepdim=True)).float()
         z = posterior.sample(generator)
-        trajectory = invert(z, timesteps, source, surrogate, progress=report_from(progress, self.maps, total))
+        trajectory = invert(z, times, source, surrogate, progress=part(progress, self.maps, total))
         z = denoise(
             trajectory[0],
-            timesteps,
+            times,
             target,
             surrogate,
             guidance=self.guidance,
             after=lambda done, z: mask * z + (1 - mask) * trajectory[done],
-            progress=report_from(progress, self.maps + len(timesteps), total),
+            progress=part(progress, self.maps + run, total),
         )
         return surrogate.decode(z)
 
@@ -94,13 +97,13 @@ def difference(
     generator: Generator,
     *,
     maps: int = 10,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Measure how much the UNet's answers to two texts differ at every place; guidance would only scale it.
+    """Measure how much the denoiser's answers to two texts differ at every place; guidance would only scale it.
 
     Arguments:
         posterior: Of the pictures, `(B, C, h, w)`.
-        t: Step at which the UNet is asked, `()` int64.
+        t: Time at which the denoiser is asked, `()`.
         source, target: What to compare, each batch 1 or B.
         surrogate: The model.
         generator: Draws the latents, then the noise.
@@ -114,10 +117,10 @@ def difference(
     many = Posterior(*(tensor.repeat_interleave(maps, 0) for tensor in (posterior.mean, posterior.std)))
     z = many.sample(generator)
     steps = t.expand(count)
-    z = surrogate.schedule.add_noise(z, randn(z.shape, generator, z), t.expand(len(z))).unflatten(0, (count, maps))
+    z = noised(surrogate.schedule, z, randn(z.shape, generator, z), t).unflatten(0, (count, maps))
     total = torch.zeros_like(z[:, 0, :1])
     for done in range(maps):
         answers = [surrogate.predict(z[:, done], steps, text) for text in (source, target)]
         total += (answers[1] - answers[0]).abs().mean(1, keepdim=True)
-        progress(done + 1, maps)
+        progress("comparing", done + 1, maps)
     return total / maps

@@ -13,7 +13,10 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.models.base import Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent
+from antidiffusion.models.sampling import check_size, denoise, way_down
+from antidiffusion.models.schedule import noised
+from antidiffusion.pictures.tensors import check_range
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -39,30 +42,27 @@ class Inpaint:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         region = binary_mask(prompts.mask, x)
         mask = F.interpolate(region, scale_factor=1 / surrogate.factor)
         embedding = embed_each(prompts.target, len(x), surrogate)
         generator = Generator().manual_seed(seed)
-        surrogate.scheduler.set_timesteps(self.steps, device=surrogate.device)
-        timesteps = surrogate.scheduler.timesteps[self.steps - int(self.steps * self.strength) :]
+        times = way_down(surrogate, x.shape[-2], x.shape[-1], self.steps, self.strength)
         clean = surrogate.encode(x, generator)
         noise = randn(clean.shape, generator, clean)
 
-        def noised(done: int) -> Tensor:
-            if done == len(timesteps):
-                return clean
-            return surrogate.schedule.add_noise(clean, noise, timesteps[done].expand(len(x)))
+        def kept(done: int) -> Tensor:
+            return clean if done == len(times) - 1 else noised(surrogate.schedule, clean, noise, times[done])
 
         z = denoise(
-            noise if self.strength == 1 else noised(0),
-            timesteps,
+            noise if self.strength == 1 else kept(0),
+            times,
             embedding,
             surrogate,
             guidance=self.guidance,
-            after=lambda done, z: (1 - mask) * noised(done) + mask * z,
+            after=lambda done, z: (1 - mask) * kept(done) + mask * z,
             progress=progress,
         )
         edited = surrogate.decode(z)
@@ -80,6 +80,5 @@ def binary_mask(mask: Tensor | None, x: Tensor) -> Tensor:
         raise ValueError(f"expected a mask to redraw in, got none; set Prompts.mask, {shapes[0]}, 1 to redraw")
     if mask.shape not in shapes:
         raise ValueError(f"expected a mask of {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}; resize it as x")
-    if not (mask.min() >= 0 and mask.max() <= 1):  # so that NaN fails too
-        raise ValueError(f"expected a mask in [0, 1], got {mask.min():.3g} to {mask.max():.3g}; divide by 255")
+    check_range(mask, "a mask")
     return (mask >= 0.5).to(x)

@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 
 from antidiffusion.attacks.prior import PriorTuning
-from antidiffusion.attacks.tuned import Task, Training, at_least_one, pipeline
+from antidiffusion.attacks.tuned import Task, Training, at_least_one
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.tuning import ADAPTER, adapted
 
 
 @dataclass(frozen=True)
 class LoRA(PriorTuning):
-    """Tune adapters in float32 on a UNet of any precision; the defaults are those of diffusers' DreamBooth script.
+    """Tune adapters in float32 on a denoiser of any precision; the defaults are those of diffusers' DreamBooth script.
 
-    There is no loss scaling: a float16 UNet loses gradients below 6e-8, the smallest float16; take bfloat16.
+    There is no loss scaling: a float16 denoiser loses gradients below 6e-8, the smallest float16; take bfloat16.
 
     Saves `pytorch_lora_weights.safetensors` for `load_lora` and diffusers' `load_lora_weights`.
 
@@ -48,17 +48,15 @@ class LoRA(PriorTuning):
 
 
 def save(surrogate: Surrogate, folder: Path) -> None:
-    """Write the adapters inside `tune.adapted`'s block."""
+    """Write the adapters inside `tuning.adapted`'s block."""
     from peft.utils import get_peft_model_state_dict
 
-    names = ["unet", "text_encoder", "text_encoder_2"]
-    parts = zip(names, (surrogate.unet, *surrogate.text_encoders), strict=False)
     layers = {
-        f"{name}_lora_layers": get_peft_model_state_dict(part, adapter_name=ADAPTER, save_embedding_layers=False)
-        for name, part in parts
-        if getattr(part, "peft_config", None)
+        f"{name}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
+        for name, (module, _) in surrogate.tunable(texts=True).items()
+        if getattr(module, "peft_config", None)
     }
-    pipeline(surrogate).save_lora_weights(folder, **layers)
+    surrogate.pipeline().save_lora_weights(folder, **layers)
 
 
 @contextmanager
@@ -71,13 +69,13 @@ def load_lora(surrogate: Surrogate, folder: str | Path) -> Iterator[None]:
             diffusers knows; adapters of text encoders are loaded too.
 
     Raises:
-        ValueError: If there is no such file, it does not fit the model, or the UNet has adapters already.
+        ValueError: If there is no such file, it does not fit the model, or the denoiser has adapters already.
     """
     from safetensors import SafetensorError
 
-    if present := getattr(surrogate.unet, "peft_config", None):
-        raise ValueError(f"expected a UNet without adapters, got {', '.join(present)}; take them off first")
-    wrapped = pipeline(surrogate)
+    if present := getattr(surrogate.denoiser, "peft_config", None):
+        raise ValueError(f"expected a {surrogate.part} without adapters, got {', '.join(present)}; take them off first")
+    wrapped = surrogate.pipeline()
     try:
         try:
             wrapped.load_lora_weights(str(folder), use_safetensors=True, local_files_only=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.inversion import Phase, check_settings, edit_beside_source
-from antidiffusion.models.attention import SharingProcessor, processed, self_attention_layers
+from antidiffusion.models.attention import sharing, watched
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.sampling import Report, silent
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class MasaCtrl:
         check_settings(self.steps, {"first_step": self.first_step, "first_layer": self.first_layer})
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
-        layers = self_attention_layers(surrogate.unet)
+        layers = surrogate.self_layers()
         layers = layers[round(self.first_layer * len(layers)) :]
-        mutual = processed(surrogate.unet, layers, SharingProcessor(len(x)))
+        mutual = watched(surrogate, layers, sharing(len(x)))
         phases: list[Phase] = [(round(self.first_step * self.steps), nullcontext()), (self.steps, mutual)]
         return edit_beside_source(
             x,

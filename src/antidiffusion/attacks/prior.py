@@ -15,6 +15,7 @@ from antidiffusion.attacks.tuned import Task, Tuning, at_least_one
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
 from antidiffusion.models.sampling import sample
 from antidiffusion.models.tuning import Loss, denoising, described, drawn
+from antidiffusion.progress import part
 
 TOGETHER = 4  # class pictures drawn at once, as in diffusers' script
 
@@ -71,12 +72,9 @@ class PriorTuning(Tuning):
         options: Any = {"steps": self.sampling_steps, "guidance": self.guidance, "size": (height, width)}
         posteriors: list[Posterior] = []
         for first in range(0, self.class_pictures, TOGETHER):
-            before = len(posteriors) * self.sampling_steps
-
-            def report(done: int, _: int, before: int = before) -> None:
-                task.report(before + done)
-
+            total = -(-self.class_pictures // TOGETHER) * self.sampling_steps
+            progress = part(task.progress, len(posteriors) * self.sampling_steps, total)
             prompts = [prompt] * min(TOGETHER, self.class_pictures - first)
-            pictures = sample(prompts, surrogate, task.generator, progress=report, **options)
+            pictures = sample(prompts, surrogate, task.generator, progress=progress, **options)
             posteriors.append(surrogate.posterior(pictures))
         return Posterior(torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors]))

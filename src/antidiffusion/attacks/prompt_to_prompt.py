@@ -4,26 +4,23 @@ References:
     Prompt-to-Prompt Image Editing with Cross Attention Control, Hertz et al., 2022, arXiv 2208.01626
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from antidiffusion.attacks.base import Prompts, one_or_each
 from antidiffusion.attacks.inversion import check_settings, edit_beside_source
-from antidiffusion.models.attention import EditingProcessor, cross_attention_layers, processed, self_attention_layers
-from antidiffusion.models.base import Surrogate
-from antidiffusion.models.sampling import Report, silent
-
-PIECE = re.compile(r"[^\s,.;:!?]+|[,.;:!?]+")
-STAGES = ("down_blocks.", "mid_block.", "up_blocks.")
-Word = tuple[str, range]
-"""A word in lower case and the positions of its tokens."""
+from antidiffusion.models.attention import (
+    Attend,
+    editing,
+    watched,
+)
+from antidiffusion.models.base import Surrogate, Word
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -52,31 +49,30 @@ class PromptToPrompt:
         check_settings(self.steps, {"cross_replace": self.cross_replace, "self_replace": self.self_replace})
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
-        unet, count, tokenizer = surrogate.unet, len(x), surrogate.tokenizers[0]
+        count, window = len(x), surrogate.tokenizers[0].model_max_length
         sources, targets = (
-            [words(text, tokenizer) for text in one_or_each(texts, count)] for texts in (prompts.source, prompts.target)
+            [surrogate.words(text) for text in one_or_each(texts, count)] for texts in (prompts.source, prompts.target)
         )
         if not all(sources):
             raise ValueError("expected a source text that says what the picture shows, got none; set Prompts.source")
         pairs = zip(sources * (count // len(sources)), targets * (count // len(targets)), strict=True)
-        window = tokenizer.model_max_length
         mapping = torch.stack([correspondence(*pair, window) for pair in pairs]).to(x)
         factors = reweighted(targets, self.reweight, window).to(x)
-        coarse = x.shape[-2] * x.shape[-1] // surrogate.factor**2 // 4
+        coarse = surrogate.positions(x.shape[-2], x.shape[-1]) // 4
         controls = [
-            (self.cross_replace, cross_attention_layers(unet, STAGES), inject_cross(mapping, factors)),
-            (self.self_replace, self_attention_layers(unet), inject_self(count, coarse)),
+            (self.cross_replace, surrogate.cross_layers(), inject_cross(mapping, factors)),
+            (self.self_replace, surrogate.self_layers(), inject_self(count, coarse)),
         ]
-        ends = [(round(share * self.steps), layers, processor) for share, layers, processor in controls]
+        ends = [(round(share * self.steps), layers, attend) for share, layers, attend in controls]
 
         @contextmanager
         def controlled(until: int) -> Iterator[None]:
             with ExitStack() as stack:
-                for end, layers, processor in ends:
+                for end, layers, attend in ends:
                     if until <= end:
-                        stack.enter_context(processed(unet, layers, processor))
+                        stack.enter_context(watched(surrogate, layers, attend))
                 yield
 
         return edit_beside_source(
@@ -91,7 +87,7 @@ class PromptToPrompt:
         )
 
 
-def inject_cross(mapping: Tensor, factors: Tensor) -> EditingProcessor:
+def inject_cross(mapping: Tensor, factors: Tensor) -> Attend:
     """Give targets the cross-attention maps of their sources.
 
     Arguments:
@@ -99,7 +95,7 @@ def inject_cross(mapping: Tensor, factors: Tensor) -> EditingProcessor:
         factors: What the targets' attention to each token is multiplied by, `(B, L)` or `(1, L)`.
 
     Returns:
-        Processor for the batch of `edit_beside_source`.
+        What the layers do with the batch of `edit_beside_source`.
     """
     count = len(mapping)
     mapping, factors = mapping[:, None], factors[:, None, None]
@@ -109,39 +105,16 @@ def inject_cross(mapping: Tensor, factors: Tensor) -> EditingProcessor:
         source, target, unguided = maps[:count], maps[count : 2 * count], maps[2 * count :]
         return torch.cat([source, (source @ mapping + target * own) * factors, unguided])
 
-    return EditingProcessor(edit)
+    return editing(edit, text=True)
 
 
-def inject_self(count: int, coarse: int) -> EditingProcessor:
+def inject_self(count: int, coarse: int) -> Attend:
     """Give targets the self-attention maps of their sources, in layers of at most `coarse` positions."""
 
     def edit(maps: Tensor) -> Tensor:
         return torch.cat([maps[:count], maps[:count], maps[2 * count :]])
 
-    return EditingProcessor(edit, lambda positions: positions <= coarse)
-
-
-def words(text: str, tokenizer: Any) -> list[Word]:
-    """Cut a text into words and punctuation, with the positions of their tokens in the embedding.
-
-    Arguments:
-        text: What is embedded.
-        tokenizer: CLIP's, which never joins words; it starts with one token that begins the text.
-
-    Returns:
-        The words; positions beyond the window are left out.
-    """
-    found, start = list[Word](), 1
-    for word in text.lower().split():
-        pieces = PIECE.findall(word)
-        lengths = [len(ids) for ids in tokenizer([word, *pieces], add_special_tokens=False).input_ids]
-        if lengths[0] != sum(lengths[1:]):  # such as a name that was added to the tokenizer
-            pieces, lengths = [word], [0, lengths[0]]
-        for piece, length in zip(pieces, lengths[1:], strict=True):
-            end = min(start + length, tokenizer.model_max_length - 1)
-            found.append((piece, range(min(start, end), end)))
-            start = end
-    return found
+    return editing(edit, text=False, most=coarse)
 
 
 def correspondence(source: Sequence[Word], target: Sequence[Word], window: int) -> Tensor:
@@ -151,7 +124,7 @@ def correspondence(source: Sequence[Word], target: Sequence[Word], window: int) 
     they have different numbers of tokens. Begin and end of text, and padding at the same position, correspond.
 
     Arguments:
-        source, target: As `words` returns them.
+        source, target: As `Surrogate.words` returns them.
         window: L, the positions of an embedding.
 
     Returns:

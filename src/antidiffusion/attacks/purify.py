@@ -17,6 +17,7 @@ Raises:
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -26,8 +27,12 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
-from antidiffusion.models.sampling import check_size, unconditional
+from antidiffusion.models.sampling import check_size
+from antidiffusion.models.schedule import noised, parts, step
 from antidiffusion.pictures.canvas import filter_matrix
+from antidiffusion.pictures.tensors import check_pictures, to_bytes
+
+TRAINED = 1000  # steps of the noising, which the papers count by
 
 
 class Purifier(Protocol):
@@ -38,11 +43,10 @@ class Purifier(Protocol):
 
 def jpeg(x: Tensor, surrogate: Surrogate, seed: int, *, quality: int) -> Tensor:
     """Write as JPEG of quality 1 to 100 with Pillow, whose default halves the chroma, and read back."""
-    _check(x)
+    check_pictures(x)
     _within("a JPEG quality", quality, 1, 100)
-    pixels = (x * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     reread = []
-    for picture in pixels:
+    for picture in to_bytes(x):
         file = BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=quality)
         reread.append(np.asarray(Image.open(file)))
@@ -51,7 +55,7 @@ def jpeg(x: Tensor, surrogate: Surrogate, seed: int, *, quality: int) -> Tensor:
 
 def rescale(x: Tensor, surrogate: Surrogate, seed: int, *, factor: float) -> Tensor:
     """Shrink by a factor in (0, 1] and enlarge again, both with the antialiased bilinear filter."""
-    _check(x)
+    check_pictures(x)
     _within("a factor", factor, 0.01, 1)
     height, width = x.shape[-2:]
     return _resize(_resize(x, max(1, round(factor * height)), max(1, round(factor * width))), height, width)
@@ -59,7 +63,7 @@ def rescale(x: Tensor, surrogate: Surrogate, seed: int, *, factor: float) -> Ten
 
 def crop_resize(x: Tensor, surrogate: Surrogate, seed: int, *, share: float) -> Tensor:
     """Keep a share in (0, 1] of either side, in the middle, and enlarge it to the old size."""
-    _check(x)
+    check_pictures(x)
     _within("a share", share, 0.01, 1)
     height, width = x.shape[-2:]
     rows, columns = max(1, round(share * height)), max(1, round(share * width))
@@ -69,7 +73,7 @@ def crop_resize(x: Tensor, surrogate: Surrogate, seed: int, *, share: float) -> 
 
 def blur(x: Tensor, surrogate: Surrogate, seed: int, *, sigma: float) -> Tensor:
     """Blur with a Gaussian of `sigma` pixels; borders repeat their last pixel."""
-    _check(x)
+    check_pictures(x)
     _within("a sigma in pixels", sigma, 0.1, 100)
     radius = int(4 * sigma + 0.5)  # what is beyond weighs less than 1e-4
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
@@ -85,7 +89,7 @@ def median(x: Tensor, surrogate: Surrogate, seed: int, *, size: int) -> Tensor:
     References:
         Feature Squeezing, Xu et al., 2018, arXiv 1704.01155
     """
-    _check(x)
+    check_pictures(x)
     if size < 1 or size % 2 == 0:
         raise ValueError(f"expected an odd size of at least 1 px, got {size}; try 3")
     padded = F.pad(x, [size // 2] * 4, mode="replicate")
@@ -94,7 +98,7 @@ def median(x: Tensor, surrogate: Surrogate, seed: int, *, size: int) -> Tensor:
 
 def noise(x: Tensor, surrogate: Surrogate, seed: int, *, sigma: float) -> Tensor:
     """Add normal noise with a standard deviation of `sigma`, in units of the pixel range."""
-    _check(x)
+    check_pictures(x)
     _within("a sigma", sigma, 0, 1)
     return (x + sigma * randn(x.shape, Generator().manual_seed(seed), x)).clamp(0, 1)
 
@@ -105,7 +109,7 @@ def bit_depth(x: Tensor, surrogate: Surrogate, seed: int, *, bits: int) -> Tenso
     References:
         Feature Squeezing, Xu et al., 2018, arXiv 1704.01155
     """
-    _check(x)
+    check_pictures(x)
     _within("bits", bits, 1, 8)
     levels = 2**bits - 1
     return (x * levels).round() / levels
@@ -129,7 +133,7 @@ def diffpure(x: Tensor, surrogate: Surrogate, seed: int, *, t: int = 150, steps:
         Diffusion Models for Adversarial Purification, Nie et al., 2022, arXiv 2205.07460
     """
     z, generator = _encode(x, surrogate), Generator().manual_seed(seed)
-    condition = surrogate.embed([prompt]) if prompt else unconditional(surrogate)
+    condition = surrogate.embed([prompt]) if prompt else surrogate.unconditional()
     return surrogate.decode(_renoise(z, t, steps, condition, surrogate, generator)).to(x)
 
 
@@ -150,7 +154,7 @@ def gridpure(
     """
     _within("rounds", rounds, 1, 1000)
     _within("gamma", gamma, 0, 1)
-    original, condition, generator = _encode(x, surrogate), unconditional(surrogate), Generator().manual_seed(seed)
+    original, condition, generator = _encode(x, surrogate), surrogate.unconditional(), Generator().manual_seed(seed)
     z, (size, origins) = original, _grid(original, surrogate)
     for _ in range(rounds):
         patches = torch.cat([_cut(z, size, origin) for origin in origins])
@@ -181,25 +185,22 @@ def _resize(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _encode(x: Tensor, surrogate: Surrogate) -> Tensor:
-    _check(x)
+    check_pictures(x)
     check_size(x.shape[-2], x.shape[-1], surrogate)
     return surrogate.posterior(x).mean
 
 
 def _renoise(z: Tensor, t: int, steps: int, condition: Embedding, surrogate: Surrogate, generator: Generator) -> Tensor:
     """Noise latents to step t and go back in equal steps, with DDPM's noise in all but the last."""
-    trained = len(surrogate.schedule.signal)
-    if not 1 <= steps <= t < trained or t % steps or trained % (t // steps):
-        raise ValueError(f"expected t = steps x a divisor of {trained}, got t {t}, steps {steps}; try 150 and 15")
-    stride = t // steps
-    surrogate.scheduler.set_timesteps(trained // stride, device=surrogate.device)
-    z = surrogate.schedule.add_noise(z, randn(z.shape, generator, z), torch.full((len(z),), t, device=z.device))
-    for now in range(t, 0, -stride):
-        output = surrogate.predict(z, torch.full((len(z),), now, device=z.device), condition)
-        fresh = randn(z.shape, generator, z)
-        result = surrogate.scheduler.step(output, now, z, eta=1.0, variance_noise=fresh)  # eta 1 is DDPM's sampling
-        z = result.prev_sample
-    return result.pred_original_sample
+    if not 1 <= steps <= t < TRAINED or t % steps:
+        raise ValueError(f"expected t below {TRAINED} that steps divide, got t {t}, steps {steps}; try 150 and 15")
+    schedule, shares = surrogate.schedule, (torch.arange(t, -1, -(t // steps)) + 0.5) / TRAINED  # 0.5 against rounding
+    times = schedule.time(shares).to(z.device)
+    z = noised(schedule, z, randn(z.shape, generator, z), times[0])
+    for now, after in pairwise(times):
+        output, fresh = surrogate.predict(z, now.expand(len(z)), condition), randn(z.shape, generator, z)
+        clean, z = parts(schedule, z, output, now)[0], step(schedule, z, output, now, after, eta=1.0, fresh=fresh)
+    return clean
 
 
 def _grid(z: Tensor, surrogate: Surrogate) -> tuple[tuple[int, int], list[tuple[int, int]]]:
@@ -231,11 +232,3 @@ def _merge(patches: Sequence[Tensor], origins: Sequence[tuple[int, int]], like: 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"expected {name} of {low} to {high}, got {value}; choose one in between")
-
-
-def _check(x: Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] != 3 or not x.numel() or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"expected float pictures (B, 3, H, W), got {x.dtype} {tuple(x.shape)}; stack RGB pictures")
-    low, high = x.detach().aminmax()
-    if not (low >= 0 and high <= 1):  # NaN too
-        raise ValueError(f"expected pixels in [0, 1], got {low:.4g} to {high:.4g}; divide by 255 or clamp")

@@ -12,7 +12,9 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, check_strength, embed_each
 from antidiffusion.models.base import Surrogate, randn
-from antidiffusion.models.sampling import Report, check_size, denoise, silent
+from antidiffusion.models.sampling import check_size, denoise, way_down
+from antidiffusion.models.schedule import noised
+from antidiffusion.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,13 @@ class SDEdit:
 
     @torch.no_grad()
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         embedding = embed_each(prompts.target, len(x), surrogate)
         generator = Generator().manual_seed(seed)
-        surrogate.scheduler.set_timesteps(self.steps, device=surrogate.device)
-        timesteps = surrogate.scheduler.timesteps[self.steps - int(self.steps * self.strength) :]
+        times = way_down(surrogate, x.shape[-2], x.shape[-1], self.steps, self.strength)
         z = surrogate.encode(x, generator)
-        z = surrogate.schedule.add_noise(z, randn(z.shape, generator, z), timesteps[:1].expand(len(z)))
-        z = denoise(z, timesteps, embedding, surrogate, guidance=self.guidance, progress=progress)
+        z = noised(surrogate.schedule, z, randn(z.shape, generator, z), times[0])
+        z = denoise(z, times, embedding, surrogate, guidance=self.guidance, progress=progress)
         return surrogate.decode(z)

@@ -12,8 +12,11 @@ from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, Texts
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
-from antidiffusion.models.sampling import Report, check_size, sample, silent
+from antidiffusion.models.memory import checkpointed
+from antidiffusion.models.sampling import check_size, sample
 from antidiffusion.models.tuning import Loss, fit
+from antidiffusion.pictures.tensors import check_pictures
+from antidiffusion.progress import Progress, part, silent
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Tuned:
         *,
         steps: int | None = None,
         guidance: float | None = None,
-        progress: Report = silent,
+        progress: Progress = silent,
     ) -> Tensor:
         """Draw one picture `(B, 3, H, W)` in [0, 1] for each text, of the size of the pictures it was tuned to.
 
@@ -90,14 +93,14 @@ class Task(NamedTuple):
         posterior: Of the pictures, `(B, C, h, w)`.
         prompt, embedding: The text they are tuned to, and what the untuned model makes of it, batch 1.
         generator: Source of every draw.
-        report: Called with the number of steps done before the tuning starts.
+        progress: Called after every step before the tuning starts.
     """
 
     posterior: Posterior
     prompt: str
     embedding: Embedding
     generator: Generator
-    report: Callable[[int], None]
+    progress: Progress
 
 
 class Training(NamedTuple):
@@ -121,7 +124,7 @@ class Tuning:
         batch_size: Pictures in a step, drawn at random without repetition; all if there are fewer.
         guidance: Scale of classifier-free guidance in drawing; 1 turns it off.
         sampling_steps: DDIM steps of drawing.
-        gradient_checkpointing: Recompute the UNet's activations in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute the denoiser's activations in the backward pass: less memory, more time.
     """
 
     full_tuning: ClassVar[bool] = False
@@ -141,7 +144,7 @@ class Tuning:
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}; None is the default")
 
     def __call__(
-        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         before = self.steps + self._steps_before
         total = before + self.sampling_steps
@@ -149,13 +152,13 @@ class Tuning:
         sources = [prompts.source] if isinstance(prompts.source, str) else list(prompts.source)
         if len(sources) != 1:
             raise ValueError(f"expected one source text that all pictures are tuned to, got {len(sources)}")
-        tuned = self.tuned(x, sources[0], surrogate, seed, progress=lambda done, _: progress(done, total))
+        tuned = self.tuned(x, sources[0], surrogate, seed, progress=part(progress, 0, total))
         with tuned as model:
-            return model.sample(targets, seed, progress=lambda done, _: progress(before + done, total))
+            return model.sample(targets, seed, progress=part(progress, before, total))
 
     @contextmanager
     def tuned(
-        self, x: Tensor, prompt: str, surrogate: Surrogate, seed: int, *, progress: Report = silent
+        self, x: Tensor, prompt: str, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Iterator[Tuned]:
         """Tune the surrogate for a block; its weights are afterwards what they were.
 
@@ -169,7 +172,8 @@ class Tuning:
         Raises:
             ValueError: If the pictures, the text or a setting do not fit.
         """
-        check_pictures(x, surrogate)
+        check_pictures(x)
+        check_size(x.shape[-2], x.shape[-1], surrogate)
         if not prompt.strip():
             raise ValueError("expected a text that the pictures are tuned to, got none; try 'a photo of sks person'")
         generator, before = Generator().manual_seed(seed), self._steps_before
@@ -177,13 +181,13 @@ class Tuning:
         embedding = surrogate.embed([prompt])
         with torch.no_grad():
             posterior = surrogate.posterior(x)
-        task = Task(posterior, prompt, embedding, generator, lambda done: progress(done, total))
+        task = Task(posterior, prompt, embedding, generator, part(progress, 0, total))
         with self._training(task, surrogate) as (parameters, learning_rate, loss, write):
             options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
-            with checkpointed(surrogate.unet, self.gradient_checkpointing):
+            with checkpointed(surrogate.denoiser, self.gradient_checkpointing):
                 for value in fit(parameters, loss, **options):
                     losses.append(value)
-                    progress(before + len(losses), total)
+                    progress("tuning", before + len(losses), total)
             size = (x.shape[-2], x.shape[-1])
             model = Tuned(surrogate, losses, size, self.sampling_steps, self.guidance, write)
             try:
@@ -212,39 +216,3 @@ def at_least_one(name: str, value: int) -> None:
     """Raise ValueError for a count below 1."""
     if value < 1:
         raise ValueError(f"expected {name} of at least 1, got {value}")
-
-
-def check_pictures(x: Tensor, surrogate: Surrogate) -> None:
-    """Raise ValueError unless x is a batch of pictures `(B, 3, H, W)` in [0, 1] of a size the model can take."""
-    if x.ndim != 4 or x.shape[1] != 3 or not len(x):
-        raise ValueError(f"expected at least one picture, (B, 3, H, W), got {tuple(x.shape)}; stack RGB pictures")
-    check_size(x.shape[-2], x.shape[-1], surrogate)
-    if not (x.min() >= 0 and x.max() <= 1):  # so that NaN fails too
-        raise ValueError(f"expected pixels in [0, 1], got {x.min():.3g} to {x.max():.3g}; divide by 255")
-
-
-@contextmanager
-def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the block, if wanted; a flag set outside stays set."""
-    switch = wanted and not unet.is_gradient_checkpointing
-    try:
-        if switch:
-            unet.enable_gradient_checkpointing()
-        yield
-    finally:
-        if switch:
-            unet.disable_gradient_checkpointing()
-
-
-def pipeline(surrogate: Surrogate) -> Any:
-    """Wrap the surrogate's own modules in diffusers' text-to-image pipeline; nothing is copied but the scheduler."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    parts: dict[str, Any] = {"vae": surrogate.vae, "unet": surrogate.unet}
-    parts["scheduler"] = DDIMScheduler.from_config(surrogate.scheduler.config)  # pipelines correct its settings
-    for suffix, tokenizer, encoder in zip(("", "_2"), surrogate.tokenizers, surrogate.text_encoders, strict=False):
-        parts |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(surrogate.text_encoders) == 2:
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(**parts, **extras, requires_safety_checker=False)

@@ -13,6 +13,7 @@ from antidiffusion.bench.estimates import named_apart
 from antidiffusion.bench.rows import Row, read_rows
 from antidiffusion.bench.tables import Table
 from antidiffusion.metrics.table import PRIMARY, place
+from antidiffusion.pictures.files import atomic
 
 __all__ = ["expect_suffix", "read_rows", "render", "to_csv", "to_html", "to_markdown", "write"]
 
@@ -123,13 +124,8 @@ def render(rows: Sequence[Row], folder: Path, output: Path) -> str:
 
 def write(text: str, path: Path) -> None:
     """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic(path, overwrite=True) as (part,):
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def _sections(rows: Sequence[Row]) -> dict[str, tuple[list[Table], str]]:

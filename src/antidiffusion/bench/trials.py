@@ -29,6 +29,7 @@ from antidiffusion.metrics.table import OTHER_PROMPT
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.picture import READABLE, WRITERS, Picture, linf
+from antidiffusion.pictures.tensors import to_picture
 from antidiffusion.protection import effect, peak_memory, protect, versions
 
 UNCHANGED = 0.98  # SSIM to the source above which an edit has done nothing
@@ -154,7 +155,7 @@ class Laboratory:
         x = self._washed(fitted(self._pictures(trial)[0], surrogate), trial, surrogate)
         mask = fitted_mask(Picture.read(item.mask), source, surrogate) if item.mask else None
         prompts = Prompts(item.target_prompt, item.source_prompt, mask)
-        edited = _picture(edits.attacks[trial.attack](x, prompts, surrogate, trial.seed))
+        edited = to_picture(edits.attacks[trial.attack](x, prompts, surrogate, trial.seed))
         y, original = edited.tensor(), fitted(source, surrogate).cpu()
         metrics: Metrics = {"success": self._success(item, y, original)} | self._faces_of(y, original)
         if "clip" in self.plan.metrics:
@@ -199,7 +200,7 @@ class Laboratory:
             metrics["distance_untuned"] = distance(self.faces.embed(untuned), reference)
             tuned_to, before = metrics["distance"], metrics["distance_untuned"]
             flags = [FAILED_ATTACK] if tuned_to is None or (before is not None and tuned_to >= before) else []
-        return Outcome(metrics, flags, [_picture(picture[None]) for picture in drawn])
+        return Outcome(metrics, flags, [to_picture(picture[None]) for picture in drawn])
 
     @property
     def backends(self) -> dict[str, str]:
@@ -273,8 +274,3 @@ def _only_file(folder: Path, stem: str) -> Path:
     if len(found) != 1:
         raise ValueError(f"expected one picture {stem}.* in {folder}, got {len(found)}; name it as the data set does")
     return found[0]
-
-
-def _picture(x: Tensor) -> Picture:
-    """Return a picture of `x: (1, 3, h, w)` in [0, 1]."""
-    return Picture((x[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy())

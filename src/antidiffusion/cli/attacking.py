@@ -1,6 +1,6 @@
 """`antidiffusion sample`, `edit` and `attack`: the misuse, to see and to measure what a protection does to it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +9,8 @@ import typer
 
 from antidiffusion.cli import shared
 from antidiffusion.cli.shared import MAX_SEED, DType, app, progress_bar, usage, with_options
+from antidiffusion.progress import Progress
 
-Report = Callable[[int, int], None]  # sampling.Report, which would import torch
 Output = Annotated[Path, typer.Option("--output", "-o", help="PNG file; several pictures stand side by side.")]
 Model = Annotated[str, typer.Option(help="Hub id, diffusers folder, .safetensors file, or mini.")]
 ModelConfig = Annotated[str | None, typer.Option(help="Diffusers folder or hub id with a single file's configuration.")]
@@ -162,7 +162,9 @@ def attack(
 
 
 def _offloaded(surrogate: Any, wanted: bool) -> AbstractContextManager[None]:
-    return surrogate.offload() if wanted else nullcontext()
+    from antidiffusion.models.memory import offload
+
+    return offload(surrogate) if wanted else nullcontext()
 
 
 def _choose(methods: dict[str, Any], name: str, options: dict[str, Any]) -> Any:
@@ -172,11 +174,11 @@ def _choose(methods: dict[str, Any], name: str, options: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _reporting(name: str) -> Iterator[Report]:
+def _reporting(name: str) -> Iterator[Progress]:
     """Show a bar; gives the function that moves it."""
     with progress_bar() as bar:
         task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda stage, done, total: bar.update(task, description=f"{name}: {stage}", completed=done, total=total)
 
 
 def _prepare(
@@ -198,7 +200,6 @@ def _prepare(
 
 def _write(x: Any, output: Path, overwrite: bool) -> None:
     """Write pictures `(B, 3, H, W)` in [0, 1] side by side."""
-    from antidiffusion.pictures.picture import Picture
+    from antidiffusion.pictures.tensors import to_picture
 
-    strip = x.permute(2, 0, 3, 1).flatten(1, 2)  # (H, B W, 3)
-    Picture((strip * 255).round().byte().cpu().numpy()).write(output, overwrite=overwrite)
+    to_picture(x).write(output, overwrite=overwrite)

@@ -108,48 +108,16 @@ def load_surrogate(
     give_back_freed_memory() if low_memory else keep_freed_memory()
     with uncollected():
         import diffusers
-        import torch
         import transformers
 
-        from antidiffusion.models.base import Surrogate
+        from antidiffusion.models.loading import load
 
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"expected a device of this machine, got {device!r} ({str(error).splitlines()[0]}); use cpu"
-            ) from error
-        if dtype is DType.auto:
-            dtype = DType.float32 if model == "mini" else fast_dtype(device, full_tuning=full_tuning)
-        mixed = dtype is DType.mixed
-        surrogate = Surrogate.from_pretrained(
-            model,
-            device=device,
-            dtype=torch.float32 if mixed else getattr(torch, dtype.value),
-            autocast=torch.bfloat16 if mixed else None,
-            config=config,
-        )
+        surrogate = load(model, device=device, dtype=dtype.value, full_tuning=full_tuning, config=config)
     gc.freeze()  # all that lives to the end: the last collection would take longer than loading mini
     return surrogate
-
-
-def fast_dtype(device: str, *, full_tuning: bool) -> DType:
-    """Return the precision in which a large model runs fastest: half only where the hardware computes in it."""
-    import torch
-
-    if device.startswith("cuda"):
-        if not full_tuning:
-            return DType.float16
-        return DType.mixed if torch.cuda.is_bf16_supported(including_emulation=False) else DType.float32
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-    if device == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
-        return DType.mixed if full_tuning else DType.bfloat16
-    return DType.float32
 
 
 def progress_bar() -> Progress:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from antidiffusion.metrics.pictures import check_pictures
+from antidiffusion.pictures.tensors import check_pictures
 
 WEIGHTS = Path(str(resources.files("antidiffusion"))) / "mini" / "attributes.safetensors"
 COLOURS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")

@@ -2,6 +2,8 @@
 
 import torch
 
+from antidiffusion.pictures.tensors import check_range
+
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004, section III-C
 K1, K2 = 0.01, 0.03
 STRIP = 1 << 21  # values in a strip: about 150 MB of temporaries in float32
@@ -92,6 +94,4 @@ def _check(x: torch.Tensor, y: torch.Tensor) -> None:
     for z in (x, y):
         if z.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"expected float32 or float64 pixels, got {z.dtype}; convert them with .float()")
-        low, high = z.detach().aminmax()
-        if not (low >= 0 and high <= 1):  # NaN too
-            raise ValueError(f"expected pixels in [0, 1], got {low:.4g} to {high:.4g}; divide by 255 or clamp")
+        check_range(z, "pixels")

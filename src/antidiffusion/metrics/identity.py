@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from antidiffusion.metrics.pictures import check_pictures
+from antidiffusion.pictures.tensors import check_pictures, to_bytes
 
 Embeddings = Sequence[Tensor | None]
 """One `(d,)` for each picture, or None where no face was found."""
@@ -69,8 +69,7 @@ class Faces:
             ValueError: If these are no pictures in [0, 1].
         """
         check_pictures(x)
-        pixels = (x.detach().float() * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        return [self._embed(picture) for picture in pixels]
+        return [self._embed(picture) for picture in to_bytes(x)]
 
     def _embed(self, pixels: np.ndarray) -> Tensor | None:
         height, width = pixels.shape[:2]

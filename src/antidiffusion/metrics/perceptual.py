@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from antidiffusion.metrics.pictures import check_pictures
+from antidiffusion.pictures.tensors import check_pictures
 
 Network = Literal["alex", "vgg"]
 SMALLEST = 32  # pixels; a smaller side leaves nothing after the last pooling

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antidiffusion.metrics.pictures import check_pictures
 from antidiffusion.models.base import warn_of_cuts
+from antidiffusion.pictures.tensors import check_pictures
 
 
 class ClipScore:

@@ -1,39 +1,55 @@
-"""The latent diffusion model that stands in for the attacker's, and the few things every stage asks of it."""
+"""The latent diffusion model that stands in for the attacker's, and the few things every stage asks of it.
 
-import errno
+Latents stay `(B, C, h, w)` for every family; what a denoiser packs, it packs inside `predict`.
+"""
+
 import hashlib
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.checkpoint import checkpoint
 
-from antidiffusion.models.weights import locate
-from antidiffusion.process import uncollected
-
-SUPPORTED = ("epsilon", "v_prediction", "flow_prediction", "sample")
+from antidiffusion.models.schedule import Schedule, noised, target
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A text embedding, float32.
+    """All that a denoiser is told, float32.
 
     Arguments:
         tokens: One vector per token, `(B, L, d)`; B is 1 or the batch's size.
-        pooled: The pooled vector of SDXL's second text encoder, `(B, d2)`, or None for other models.
+        pooled: The pooled vector of the models that have one, `(B, d2)`, or None.
+        guidance: Scale that a guidance-distilled model is told, `(B,)`, or None for other models.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __getitem__(self, index: slice) -> "Embedding":
-        return Embedding(self.tokens[index], None if self.pooled is None else self.pooled[index])
+        return Embedding(*(None if part is None else part[index] for part in self._parts))  # type: ignore[arg-type]
+
+    def expand(self, count: int) -> "Embedding":
+        """Return the same for a batch of `count`; B is 1 or that already."""
+        parts = (None if part is None else part.expand(count, *part.shape[1:]) for part in self._parts)
+        return Embedding(*parts)  # type: ignore[arg-type]
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.tokens, self.pooled, self.guidance
+
+
+def concatenate(*embeddings: tuple[Embedding, int]) -> Embedding:
+    """Join embeddings, each of batch 1 or of the number beside it, to one batch."""
+    expanded = [embedding.expand(count)._parts for embedding, count in embeddings]
+    joined = ([part for part in parts if part is not None] for parts in zip(*expanded, strict=True))
+    return Embedding(*(torch.cat(parts) if parts else None for parts in joined))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -48,52 +64,18 @@ class Posterior:
         return self.mean + self.std * randn(self.mean.shape, generator, self.mean)
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process z_t = signal[t] z + noise[t] n and what the UNet is trained to predict.
+class Places(NamedTuple):
+    """Where the picture and the text stand in an attention layer: queries of the picture, keys of text and picture."""
 
-    Arguments:
-        signal: Factor of the clean latent at every training step, `(T,)` float32 in [0, 1].
-        noise: Factor of the noise, `(T,)` float32 in [0, 1].
-        prediction: "epsilon", "v_prediction", "flow_prediction" or "sample".
+    queries: slice
+    text: slice
+    picture: slice
 
-    References:
-        Denoising Diffusion Probabilistic Models, Ho et al., 2020, arXiv 2006.11239
-        Progressive Distillation, Salimans and Ho, 2022, arXiv 2202.00512 (v-prediction)
-        Flow Matching for Generative Modeling, Lipman et al., 2022, arXiv 2210.02747
-    """
 
-    signal: Tensor
-    noise: Tensor
-    prediction: str
-
-    def __post_init__(self) -> None:
-        if self.prediction not in SUPPORTED:
-            raise ValueError(f"expected a prediction type of {', '.join(SUPPORTED)}, got {self.prediction!r}")
-
-    @classmethod
-    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
-        """Read a diffusers scheduler that has `alphas_cumprod`."""
-        alphas = scheduler.alphas_cumprod.float()
-        return cls(alphas.sqrt(), (1 - alphas).sqrt(), scheduler.config.prediction_type)
-
-    def _factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (like.ndim - 1))
-        return tuple(table.to(like.device)[t].view(shape).to(like.dtype) for table in (self.signal, self.noise))  # type: ignore[return-value]
-
-    def add_noise(self, z: Tensor, n: Tensor, t: Tensor) -> Tensor:
-        """Return z_t `(B, C, h, w)` for latents, noise `(B, C, h, w)` and steps `t: (B,)` int64."""
-        signal, noise = self._factors(t, z)
-        return signal * z + noise * n
-
-    def target(self, z: Tensor, n: Tensor, t: Tensor) -> Tensor:
-        """Return what the UNet should answer for the same arguments: n, the velocity, n - z, or z."""
-        if self.prediction == "epsilon":
-            return n
-        if self.prediction == "v_prediction":
-            signal, noise = self._factors(t, z)
-            return signal * n - noise * z
-        return n - z if self.prediction == "flow_prediction" else z
+TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+"""What diffusers' DreamBooth LoRA scripts adapt in CLIP's text encoders."""
+Word = tuple[str, range]
+"""A word in lower case and the positions of its tokens in the embedding."""
 
 
 def randn(shape: torch.Size | tuple[int, ...], generator: Generator, like: Tensor) -> Tensor:
@@ -101,9 +83,16 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generator, like: Tenso
     return torch.randn(shape, generator=generator, device=generator.device).to(like)
 
 
-def warn_of_cuts(prompts: Sequence[str], tokenizer: Any) -> None:
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Tensor:
+    """Return token numbers `(B, length)`, padded and cut; the tokenizer's own window if no length is given."""
+    length = length or tokenizer.model_max_length
+    found = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return found.input_ids
+
+
+def warn_of_cuts(prompts: Sequence[str], tokenizer: Any, room: int | None = None) -> None:
     """Warn of each prompt that is longer than the tokenizer's window, with the text that is cut off."""
-    room = tokenizer.model_max_length - 2  # begin and end of text
+    room = room or tokenizer.model_max_length - 2  # begin and end of text
     for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids:
         if len(ids) > room:
             cut = tokenizer.decode(ids[room:])
@@ -111,109 +100,52 @@ def warn_of_cuts(prompts: Sequence[str], tokenizer: Any) -> None:
             warnings.warn(text, stacklevel=3)
 
 
-@contextmanager
-def saved(tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Keep a copy of tensors in a temporary file inside the block, where memory is dearer than disk.
-
-    Returns:
-        Function that reads the copies back.
-
-    Raises:
-        OSError: If the disk of temporary files is full.
-    """
-    with tempfile.TemporaryFile(prefix="antidiffusion-") as file:
-        try:
-            torch.save(list(tensors), file)
-        except RuntimeError as error:  # torch's word for a failed write
-            raise OSError(
-                errno.ENOSPC, f"no room for a copy of {len(tensors)} weights; set TMPDIR", tempfile.gettempdir()
-            ) from error
-        del tensors  # or what the caller parks would stay in memory
-
-        def load() -> list[Tensor]:
-            file.seek(0)
-            return torch.load(file, weights_only=True)
-
-        yield load
-
-
-@contextmanager
-def recomputed(layers: Sequence[Any]) -> Iterator[None]:
-    """Keep only what goes into each layer inside the block, and compute the rest anew in the backward pass.
-
-    diffusers' switch for the autoencoder recomputes whole levels, whose activations are twice as large.
-    """
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
 @dataclass
-class Surrogate:
-    """A latent diffusion model with frozen weights.
+class Surrogate(ABC):
+    """A latent diffusion model with frozen weights; each family says how it embeds, answers and attends.
 
     Arguments:
         name: What the user asked for, as the report card prints it.
-        vae, unet: diffusers' AutoencoderKL and UNet2DConditionModel.
-        text_encoders, tokenizers: One of each, or two for SDXL.
-        scheduler: diffusers' DDIMScheduler with the model's noise schedule; attacks sample with it.
+        vae: diffusers' autoencoder.
+        denoiser: diffusers' UNet or transformer.
+        text_encoders, tokenizers: transformers', one of each for every text encoder that the model has.
+        schedule: The path of noising.
         size: Side in pixels of the square that the model was trained on.
         learning_rate, lora_learning_rate: AdamW step sizes of surrogate tuning, full and LoRA; the defaults are the
             paper's and that of diffusers' DreamBooth LoRA script.
-        autocast: Half precision that UNet and autoencoder compute in where their weights are float32, or None.
+        autocast: Half precision that denoiser and autoencoder compute in where their weights are float32, or None.
     """
 
     name: str
     vae: Any
-    unet: Any
+    denoiser: Any
     text_encoders: list[Any]
     tokenizers: list[Any]
-    scheduler: Any
+    schedule: Schedule
     size: int
     learning_rate: float = 5e-7
     lora_learning_rate: float = 1e-4
     autocast: torch.dtype | None = None
-    schedule: NoiseSchedule = field(init=False)
+
+    joint: ClassVar[bool] = False
+    """Whether text and picture attend to each other in one softmax, as in transformers."""
+    guidance: ClassVar[float] = 7.5
+    """Scale of classifier-free guidance that the family is usually drawn with; 1 for models without."""
+    steps: ClassVar[int] = 50
+    """Steps that the family is usually drawn with."""
+    part: ClassVar[str] = "unet"
+    """diffusers' name of the denoiser in a pipeline, with which the keys of saved adapters begin."""
 
     def __post_init__(self) -> None:
-        self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
         for module in self.modules:
             module.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model: str,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        autocast: torch.dtype | None = None,
-        config: str | None = None,
-        offline: bool = False,
-    ) -> "Surrogate":
-        """Load Stable Diffusion 1.x, 2.x or XL.
+    def from_pretrained(cls, model: str, **options: Any) -> "Surrogate":
+        """Load a model of any family; arguments and errors as `antidiffusion.models.loading.load`."""
+        from antidiffusion.models.loading import load
 
-        Arguments:
-            model: "mini" (the embedded model), a diffusers folder, a `.safetensors` file in the original layout, or a
-                hub id. A local path never touches the network.
-            device: Where the weights go.
-            dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: Compute in this half precision nevertheless: bfloat16, or float16 where nothing is tuned.
-            config: Diffusers folder or hub id with the configuration and tokenizer of a single file.
-            offline: Use only what is on this machine.
-
-        Raises:
-            WeightsError: If the model cannot be found or has a layout that is not supported.
-        """
-        from antidiffusion.models.loading import load_parts
-
-        with uncollected():
-            parts = load_parts(locate(model, config=config, offline=offline), dtype)
-        return cls(name=model, autocast=autocast, **parts).to(device)
+        return load(model, **options)
 
     def to(self, device: str | torch.device) -> "Surrogate":
         """Move the weights to a device, channels-last on CPU and CUDA, whose convolutions are faster so."""
@@ -224,15 +156,15 @@ class Surrogate:
 
     @property
     def modules(self) -> list[Any]:
-        return [self.vae, self.unet, *self.text_encoders]
+        return [self.vae, self.denoiser, *self.text_encoders]
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return next(self.denoiser.parameters()).dtype
 
     @property
     def precision(self) -> str:
@@ -244,14 +176,28 @@ class Surrogate:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     @property
+    def channels(self) -> int:
+        """Channels of a latent, C."""
+        return self.vae.config.latent_channels
+
+    @property
     def factor(self) -> int:
         """Pixels per latent position along a side: 8."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def blocks(self) -> list[Any]:
+        """The denoiser's parts that run one after the other and can be held one at a time; none where it has none."""
+        return []
+
+    @property
+    @abstractmethod
     def multiple(self) -> int:
-        """Sides in pixels must be multiples of this for every level of the UNet to be whole."""
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        """Sides in pixels must be multiples of this."""
+
+    @abstractmethod
+    def positions(self, height: int, width: int) -> int:
+        """Return how many positions of the picture, of sides in pixels, the denoiser attends to at its finest."""
 
     @cached_property
     def sha256(self) -> str:
@@ -268,9 +214,20 @@ class Surrogate:
         dtype = next(self.vae.parameters()).dtype
         with self._computing():
             distribution = self.vae.encode((2 * x - 1).to(dtype)).latent_dist
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        factor = self.vae.config.scaling_factor
+        shift, factor = self._normalisation
         return Posterior((distribution.mean.float() - shift) * factor, distribution.std.float() * factor)
+
+    @property
+    def _normalisation(self) -> tuple[float | Tensor, float | Tensor]:
+        """What is subtracted from the autoencoder's latents, and what they are then multiplied by."""
+        config = self.vae.config
+        if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
+            return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        mean, std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, config.scaling_factor / std
 
     def encode(self, x: Tensor, generator: Generator) -> Tensor:
         """Return latents z `(B, C, h, w)` float32, a posterior sample of pictures `x: (B, 3, H, W)` in [0, 1]."""
@@ -283,108 +240,127 @@ class Surrogate:
 
     def decode_with_gradient(self, z: Tensor) -> Tensor:
         """Return pictures as `decode` does, but not clamped to [0, 1]: a clamp would stop the gradient."""
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        latents = (z / self.vae.config.scaling_factor + shift).to(next(self.vae.parameters()).dtype)
+        shift, factor = self._normalisation
+        latents = (z / factor + shift).to(next(self.vae.parameters()).dtype)
         with self._computing():
             return self.vae.decode(latents).sample.float() / 2 + 0.5
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Embedding:
         """Embed prompts `(B)`; text beyond the window is cut, as in diffusers, with a warning that names it."""
-        warn_of_cuts(prompts, self.tokenizers[0])
+        warn_of_cuts(prompts, *self._window)
         return self.embed_with_gradient(prompts)
 
+    @property
+    def _window(self) -> tuple[Any, int | None]:
+        """The tokenizer that reads most of a prompt, and how many tokens that is if it does not say so itself."""
+        return self.tokenizers[0], None
+
+    @abstractmethod
     def embed_with_gradient(self, prompts: Sequence[str]) -> Embedding:
         """Embed prompts `(B)` as a function of the text encoders' weights, which some attacks tune."""
-        states, pooled = [], torch.empty(0)
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                list(prompts),
-                padding="max_length",
-                truncation=True,
-                max_length=tokenizer.model_max_length,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
-            if len(self.text_encoders) == 1:
-                return Embedding(encoder(ids).last_hidden_state.float())
-            output = encoder(ids, output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-            pooled = output[0]
-        return Embedding(torch.cat(states, -1).float(), pooled.float())
 
+    def unconditional(self) -> Embedding:
+        """Return what guidance leads away from, batch 1: the empty prompt, if the family says nothing else."""
+        return self.embed([""])
+
+    @abstractmethod
     def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
-        """Ask the UNet: noisy latents `z_t: (B, C, h, w)`, steps `t: (B,)` int64; returns `(B, C, h, w)` float32."""
-        batch = len(z_t)
-        added = None
-        if embedding.pooled is not None:
-            height, width = (side * self.factor for side in z_t.shape[-2:])
-            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=self.dtype, device=z_t.device)
-            pooled = embedding.pooled.to(self.dtype)
-            added = {"text_embeds": pooled.expand(batch, -1), "time_ids": sizes.expand(batch, -1)}
-        tokens = embedding.tokens.to(self.dtype).expand(batch, -1, -1)
-        with self._computing():
-            output = self.unet(z_t.to(self.dtype), t, encoder_hidden_states=tokens, added_cond_kwargs=added)
-        return output.sample.float()
+        """Ask the denoiser, with gradient to latents and embedding.
+
+        Arguments:
+            z_t: Noisy latents `(B, C, h, w)` float32.
+            t: Times of the schedule, `(B,)`.
+            embedding: Of the prompts, batch 1 or B.
+
+        Returns:
+            The answer `(B, C, h, w)` float32, what `schedule.prediction` says.
+        """
+
+    def guided(self, embedding: Embedding, guidance: float | Tensor, count: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Prepare the denoiser with classifier-free guidance; one call answers with and without the prompts.
+
+        Arguments:
+            embedding: Of the prompts, batch 1 or B.
+            guidance: Scale for all or for each, `(B,)`. Entries of scale 1 are not guided; the answers without a prompt
+                of the others stand in the denoiser's batch after all B.
+            count: B.
+
+        Returns:
+            Function of latents `(B, C, h, w)` and their time, `()`, that returns the denoiser's answer `(B, C, h, w)`.
+
+        References:
+            Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598
+        """
+        scale = torch.as_tensor(guidance, dtype=torch.float32, device=self.device).expand(count)
+        chosen = (scale != 1).nonzero().flatten()
+        scale, total = scale[chosen, None, None, None], count + len(chosen)
+        if len(chosen):
+            embedding = concatenate((embedding, count), (self.unconditional(), len(chosen)))
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            answers = self.predict(torch.cat([z, z[chosen]]), t.expand(total), embedding)
+            output, unguided = answers[:count], answers[count:]
+            return output.index_copy(0, chosen, unguided + scale * (output[chosen] - unguided))
+
+        return predict
 
     def draw(self, z: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Draw noise `(B, C, h, w)` and uniform training steps `(B,)` for latents z."""
+        """Draw noise `(B, C, h, w)` and training times `(B,)` for latents z."""
         n = randn(z.shape, generator, z)
-        t = torch.randint(len(self.schedule.signal), (len(z),), generator=generator, device=generator.device)
-        return n, t.to(z.device)
+        return n, self.schedule.draw(len(z), generator).to(z.device)
 
     def denoising_loss(self, z: Tensor, n: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
-        """Return L_ldm per picture, `(B,)`: the mean squared error of the UNet's answer."""
-        output = self.predict(self.schedule.add_noise(z, n, t), t, embedding)
-        return (output - self.schedule.target(z, n, t)).square().mean((1, 2, 3))
+        """Return L_ldm per picture, `(B,)`: the mean squared error of the denoiser's answer."""
+        output = self.predict(noised(self.schedule, z, n, t), t, embedding)
+        return (output - target(self.schedule, z, n, t)).square().mean((1, 2, 3))
 
-    @contextmanager
-    def low_memory(self) -> Iterator[None]:
-        """Protect with less memory and more time inside the block.
+    @abstractmethod
+    def cross_layers(self) -> list[str]:
+        """Name the attention layers in which the picture reads the text, in the order in which they run."""
 
-        Activations are recomputed in the backward pass, and the text encoders and the decoder, which no stage needs,
-        are on disk: `embed` and `decode` do not work here.
+    @abstractmethod
+    def self_layers(self) -> list[str]:
+        """Name the attention layers in which the picture reads itself, in the order in which they run."""
+
+    @abstractmethod
+    def map_layers(self) -> list[str]:
+        """Name the few layers of `cross_layers` whose maps the semantic disturbance loss and the card read."""
+
+    @abstractmethod
+    def places(self, layer: str, text: int, total: int) -> Places:
+        """Say where picture and text stand in a layer.
+
+        Arguments:
+            layer: Name of one of `cross_layers` or `self_layers`.
+            text: Tokens of the embedding, L.
+            total: Keys that the layer sees.
         """
-        from diffusers.models.resnet import ResnetBlock2D
 
-        parked = [p for module in (*self.text_encoders, self.vae.decoder) for p in module.parameters()]
-        residuals = [module for module in self.vae.encoder.modules() if isinstance(module, ResnetBlock2D)]
-        self.unet.enable_gradient_checkpointing()
-        try:
-            with recomputed(residuals), saved([parameter.data for parameter in parked]) as load:
-                for parameter in parked:
-                    parameter.data = parameter.data[:0].clone()
-                try:
-                    yield
-                finally:
-                    for parameter, data in zip(parked, load(), strict=True):
-                        parameter.data = data
-        finally:
-            self.unet.disable_gradient_checkpointing()
+    @abstractmethod
+    def tunable(self, *, texts: bool = False) -> dict[str, tuple[Any, list[str]]]:
+        """Return what a tuning attack tunes: diffusers' name of the part, its module, and the layers LoRA adapts.
 
-    @contextmanager
-    def offload(self) -> Iterator[None]:
-        """Keep the text encoders and the autoencoder on the CPU inside the block, but while one of them is called.
-
-        For attacks on an accelerator that the UNet nearly fills. A call whose gradient is wanted leaves its module on
-        the UNet's device until the next one without, since the backward pass reads its weights.
+        Arguments:
+            texts: The text encoders too, those that stock scripts tune.
         """
-        device, parts = self.device, [*self.text_encoders, *self.vae.children()]
 
-        def fetch(module: Any, inputs: Any) -> None:
-            module.to(device)
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """Wrap the modules in diffusers' own text-to-image pipeline; nothing is copied."""
 
-        def park(module: Any, inputs: Any, output: Any) -> None:
-            if not torch.is_grad_enabled():
-                module.to("cpu")
+    def words(self, text: str) -> list[Word]:
+        """Cut a text into words and punctuation, with the positions of their tokens in the embedding.
 
-        hooks = []
-        try:
-            for module in parts:
-                module.to("cpu")
-                hooks += [module.register_forward_pre_hook(fetch), module.register_forward_hook(park)]
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in parts:
-                module.to(device)
+        Raises:
+            ValueError: If the family's tokens are no words of the text.
+        """
+        raise ValueError(f"expected a model of Stable Diffusion 1, 2 or XL to edit by words, got {self.name}; name one")
+
+    def features(self) -> list[Any]:
+        """Return the modules whose outputs are the denoiser's features in SimAC.
+
+        Raises:
+            ValueError: If nobody has said which they are for this family.
+        """
+        raise ValueError(f"expected a model with a UNet for its features, got {self.name}; take another recipe")

@@ -1,23 +1,21 @@
-"""Draw with a surrogate: deterministic DDIM with classifier-free guidance.
+"""Draw with a surrogate, and find the noise that a picture comes from: deterministic steps down and up the schedule.
 
 References:
     Denoising Diffusion Implicit Models, Song et al., 2021, arXiv 2010.02502
-    Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598
+    Diffusion Models Beat GANs on Image Synthesis, Dhariwal and Nichol, 2021, arXiv 2105.05233 (inversion, appendix F)
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
+from antidiffusion.models.schedule import step
+from antidiffusion.progress import Progress, silent
 
-Report = Callable[[int, int], None]
-"""Called after every step with the steps done and the steps in all."""
-
-
-def silent(done: int, total: int) -> None:
-    """Report nothing."""
+DRAWING = "drawing"
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def sample(
     steps: int = 25,
     guidance: float = 7.5,
     size: tuple[int, int] | None = None,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """Draw one picture for each prompt.
 
@@ -37,7 +35,7 @@ def sample(
         prompts: B texts.
         surrogate: The model that draws.
         generator: Source of the initial noise.
-        steps: DDIM steps.
+        steps: Of the sampler.
         guidance: Scale of classifier-free guidance; 1 turns it off.
         size: Height and width in pixels, multiples of `surrogate.multiple`; the model's own if None.
         progress: Called after each step.
@@ -50,12 +48,25 @@ def sample(
     """
     height, width = size or (surrogate.size, surrogate.size)
     check_size(height, width, surrogate)
-    shape = (len(prompts), surrogate.vae.config.latent_channels, height // surrogate.factor, width // surrogate.factor)
+    shape = (len(prompts), surrogate.channels, height // surrogate.factor, width // surrogate.factor)
     z = randn(shape, generator, torch.empty(0, device=surrogate.device))
-    surrogate.scheduler.set_timesteps(steps, device=surrogate.device)
-    timesteps = surrogate.scheduler.timesteps
+    times = way_down(surrogate, height, width, steps)
     embedding = surrogate.embed(prompts)
-    return surrogate.decode(denoise(z, timesteps, embedding, surrogate, guidance=guidance, progress=progress))
+    return surrogate.decode(denoise(z, times, embedding, surrogate, guidance=guidance, progress=progress))
+
+
+def way_down(surrogate: Surrogate, height: int, width: int, steps: int, strength: float = 1.0) -> Tensor:
+    """Return where a sampler stands that undoes a share of the noising, `(S + 1,)`, descending, on the model's device.
+
+    Arguments:
+        surrogate: The model.
+        height, width: Of the pictures, in pixels.
+        steps: Of the whole way.
+        strength: Share of it that is gone, in (0, 1].
+    """
+    schedule = surrogate.schedule
+    times = schedule.times(steps, surrogate.positions(height, width))
+    return times[schedule.first(steps, strength) :].to(surrogate.device)
 
 
 def check_size(height: int, width: int, surrogate: Surrogate) -> None:
@@ -64,50 +75,6 @@ def check_size(height: int, width: int, surrogate: Surrogate) -> None:
         raise ValueError(
             f"expected sides that are multiples of {surrogate.multiple}, got {width} x {height}; resize or crop first"
         )
-
-
-def unconditional(surrogate: Surrogate) -> Embedding:
-    """Return what guidance leads away from, batch 1: the empty prompt, or zeros for SDXL, as in diffusers."""
-    empty = surrogate.embed([""])
-    if empty.pooled is None:
-        return empty
-    return Embedding(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
-
-
-def concatenate(*parts: tuple[Embedding, int]) -> Embedding:
-    """Join embeddings, each of batch 1 or of the number beside it, to one batch."""
-    tokens = torch.cat([embedding.tokens.expand(count, -1, -1) for embedding, count in parts])
-    pooled = [embedding.pooled.expand(count, -1) for embedding, count in parts if embedding.pooled is not None]
-    return Embedding(tokens, torch.cat(pooled) if pooled else None)
-
-
-def guided(
-    embedding: Embedding, surrogate: Surrogate, guidance: float | Tensor, count: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Prepare the UNet with classifier-free guidance; one call answers with and without the prompts.
-
-    Arguments:
-        embedding: Of the prompts, batch 1 or B.
-        surrogate: The model.
-        guidance: Scale for all or for each, `(B,)`. Entries of scale 1 are not guided; the answers without a prompt of
-            the others stand in the UNet's batch after all B.
-        count: B.
-
-    Returns:
-        Function of latents `(B, C, h, w)` and their step, `()` int64, that returns the UNet's answer `(B, C, h, w)`.
-    """
-    scale = torch.as_tensor(guidance, dtype=torch.float32, device=surrogate.device).expand(count)
-    chosen = (scale != 1).nonzero().flatten()
-    scale, total = scale[chosen, None, None, None], count + len(chosen)
-    if len(chosen):
-        embedding = concatenate((embedding, count), (unconditional(surrogate), len(chosen)))
-
-    def predict(z: Tensor, t: Tensor) -> Tensor:
-        answers = surrogate.predict(torch.cat([z, z[chosen]]), t.expand(total), embedding)
-        output, unguided = answers[:count], answers[count:]
-        return output.index_copy(0, chosen, unguided + scale * (output[chosen] - unguided))
-
-    return predict
 
 
 After = Callable[[int, Tensor], Tensor]
@@ -122,19 +89,19 @@ def unchanged(done: int, z: Tensor) -> Tensor:
 @torch.no_grad()
 def denoise(
     z: Tensor,
-    timesteps: Tensor,
+    times: Tensor,
     embedding: Embedding,
     surrogate: Surrogate,
     *,
     guidance: float | Tensor,
     after: After = unchanged,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Go from noisy latents down the given steps.
+    """Go from noisy latents down the given times.
 
     Arguments:
-        z: Latents `(B, C, h, w)` float32 at `timesteps[0]`.
-        timesteps: Steps of `surrogate.scheduler`, descending, `(S,)` int64, after its `set_timesteps`.
+        z: Latents `(B, C, h, w)` float32 at `times[0]`.
+        times: Of `surrogate.schedule`, descending, `(S + 1,)`: a part of what its `times` returns.
         embedding: Of the prompts, batch 1 or B.
         surrogate: The model.
         guidance: Scale of classifier-free guidance, for all or for each, `(B,)`; 1 turns it off.
@@ -142,10 +109,43 @@ def denoise(
         progress: Called after each step.
 
     Returns:
-        Clean latents `(B, C, h, w)` float32.
+        Latents `(B, C, h, w)` float32 at `times[-1]`.
     """
-    predict = guided(embedding, surrogate, guidance, len(z))
-    for done, t in enumerate(timesteps, 1):
-        z = after(done, surrogate.scheduler.step(predict(z, t), t, z).prev_sample)
-        progress(done, len(timesteps))
+    predict = surrogate.guided(embedding, guidance, len(z))
+    for done, (t, s) in enumerate(pairwise(times), 1):
+        z = after(done, step(surrogate.schedule, z, predict(z, t), t, s))
+        progress(DRAWING, done, len(times) - 1)
     return z
+
+
+@torch.no_grad()
+def invert(
+    z: Tensor,
+    times: Tensor,
+    embedding: Embedding,
+    surrogate: Surrogate,
+    *,
+    guidance: float | Tensor = 1.0,
+    progress: Progress = silent,
+) -> Tensor:
+    """Go from clean latents up the given times, as diffusers' DDIMInverseScheduler does; `denoise` comes back.
+
+    Every step asks at the noisier of its two times.
+
+    Arguments:
+        z: Latents `(B, C, h, w)` float32.
+        times: What `denoise` is given, `(S + 1,)`, descending, down to the clean end.
+        embedding: Of what the pictures show, batch 1 or B.
+        surrogate: The model.
+        guidance: Scale of classifier-free guidance; anything but 1 makes the way back inexact.
+        progress: Called after each step.
+
+    Returns:
+        Latents `(S + 1, B, C, h, w)` float32 in the order of `denoise`: number i is at `times[i]`, the last is z.
+    """
+    predict = surrogate.guided(embedding, guidance, len(z))
+    trajectory = [z]
+    for done, (t, s) in enumerate(pairwise(times.flip(0)), 1):
+        trajectory.append(step(surrogate.schedule, trajectory[-1], predict(trajectory[-1], s), t, s))
+        progress("inverting", done, len(times) - 1)
+    return torch.stack(trajectory[::-1])

@@ -12,14 +12,11 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from antidiffusion.models.base import Embedding, Posterior, Surrogate, saved
+from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.memory import saved
 
 LORA_RANK = 8
 ADAPTER = "tuning"  # peft's name for ours
-# What diffusers' DreamBooth LoRA script adapts in the UNet and in the text encoders.
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-TEXT_LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
 BUCKET = 2**20  # weights that take their step together: 4 MB of float32 gradients
 
 Loss = Callable[[Generator], Tensor]
@@ -168,42 +165,39 @@ def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
 def adapted(
     surrogate: Surrogate, rank: int = LORA_RANK, seed: int = 0, *, text_encoders: bool = False
 ) -> Iterator[list[Tensor]]:
-    """Give the UNet low-rank adapters inside the block and take them off again.
+    """Give the denoiser low-rank adapters inside the block and take them off again.
 
     Arguments:
         surrogate: The model; the same object is adapted.
         rank: Of the adapters; their scale is 1.
         seed: Decides the adapters' start.
-        text_encoders: Give the text encoders adapters too.
+        text_encoders: Give adapters to the text encoders too, see `Surrogate.tunable`.
 
     Returns:
         The adapters' matrices, float32 whatever the model's precision.
 
     Raises:
-        ValueError: If the UNet or a text encoder has adapters already.
+        ValueError: If a part has adapters already.
     """
     from diffusers.utils import recurse_remove_peft_layers
     from peft import LoraConfig
 
-    parts = [(surrogate.unet, LORA_LAYERS)]
-    if text_encoders:
-        parts += [(encoder, TEXT_LORA_LAYERS) for encoder in surrogate.text_encoders]
-    for module, _ in parts:
+    parts = surrogate.tunable(texts=text_encoders)
+    for name, (module, _) in parts.items():
         if present := getattr(module, "peft_config", None):
-            name = "UNet" if module is surrogate.unet else "text encoder"
             raise ValueError(f"expected a {name} without adapters, got {', '.join(present)}; take them off first")
     adapters = []
     try:
         with torch.random.fork_rng():  # peft draws the adapters' start from the global generator
             torch.manual_seed(seed)
-            for module, layers in parts:
+            for module, layers in parts.values():
                 module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), ADAPTER)
                 adapters += [parameter for name, parameter in module.named_parameters() if f".{ADAPTER}." in name]
         for parameter in adapters:
             parameter.data = parameter.data.float()
         yield adapters
     finally:
-        for module, _ in parts:
+        for module, _ in parts.values():
             recurse_remove_peft_layers(module)
             vars(module).pop("peft_config", None)
             module._hf_peft_config_loaded = False
@@ -212,12 +206,12 @@ def adapted(
 
 @contextmanager
 def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], float]]:
-    """Make the UNet tunable inside the block and give it back unchanged.
+    """Make the denoiser tunable inside the block and give it back unchanged.
 
     Arguments:
         surrogate: The model; the same object is tuned.
         method: "full" tunes every weight, see `restored`; "lora" tunes low-rank adapters, see `adapted`; "auto" picks
-            full for float32 UNets below 200 million weights and LoRA otherwise.
+            full for float32 denoisers below 200 million weights and LoRA otherwise.
 
     Returns:
         The parameters to fit and the learning rate that suits them.
@@ -225,7 +219,7 @@ def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
     Raises:
         ValueError: If the method is unknown, or full tuning is asked of half precision.
     """
-    parameters = list(surrogate.unet.parameters())
+    parameters = list(surrogate.denoiser.parameters())
     if method == "auto":
         small = sum(parameter.numel() for parameter in parameters) < 2e8
         method = "full" if small and surrogate.dtype == torch.float32 else "lora"

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.schedule import parts
 from antidiffusion.objectives import Objective
 
 
@@ -59,18 +60,12 @@ def with_slope(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
 
 
 def predicted_noise(surrogate: Surrogate, z_t: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
-    """Return the noise `(B, C, h, w)` that the UNet finds in noisy latents, whatever it was trained to predict.
+    """Return the noise `(B, C, h, w)` that the denoiser finds in noisy latents, whatever it was trained to predict.
 
     Arguments:
         surrogate: The model.
         z_t: Noisy latents `(B, C, h, w)`.
-        t: Steps `(B,)` int64.
+        t: Times `(B,)`.
         embedding: Text embedding, batch 1 or B.
     """
-    output, schedule = surrogate.predict(z_t, t, embedding), surrogate.schedule
-    if schedule.prediction == "epsilon":
-        return output
-    signal, noise = (table.to(z_t)[t][:, None, None, None] for table in (schedule.signal, schedule.noise))
-    if schedule.prediction == "v_prediction":
-        return signal * output + noise * z_t
-    return z_t + signal * output if schedule.prediction == "flow_prediction" else (z_t - signal * output) / noise
+    return parts(surrogate.schedule, z_t, surrogate.predict(z_t, t, embedding), t)[1]

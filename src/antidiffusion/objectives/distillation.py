@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.schedule import noised
 from antidiffusion.objectives.denoising import predicted_noise, with_slope
 
 
@@ -35,6 +36,6 @@ class Distillation:
         z = self.surrogate.encode(x, generator)
         n, t = self.surrogate.draw(z, generator)
         with torch.no_grad():
-            z_t = self.surrogate.schedule.add_noise(z, n, t)
+            z_t = noised(self.surrogate.schedule, z, n, t)
             error = self.sign * (predicted_noise(self.surrogate, z_t, t, self.embedding) - n)
         return with_slope(self.sign * error.square().mean((1, 2, 3)), z, error)

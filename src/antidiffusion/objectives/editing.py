@@ -7,10 +7,13 @@ References:
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
+from antidiffusion.models.sampling import way_down
+from antidiffusion.models.schedule import noised, step
 
 
 @dataclass
@@ -39,13 +42,12 @@ class EditTarget:
 
     def edit(self, x: Tensor, generator: Generator) -> Tensor:
         """Return the edited pictures `(B, 3, h, w)`, not clamped to [0, 1]: a clamp would stop the gradient."""
-        scheduler = self.surrogate.scheduler
-        scheduler.set_timesteps(round(self.denoising_steps / self.strength), device=x.device)
-        timesteps = scheduler.timesteps[-self.denoising_steps :]
+        schedule = self.surrogate.schedule
+        steps = round(self.denoising_steps / self.strength)
+        times = way_down(self.surrogate, x.shape[-2], x.shape[-1], steps)[-self.denoising_steps - 1 :]
         z = self.surrogate.encode(x, generator)
-        z = self.surrogate.schedule.add_noise(z, randn(z.shape, generator, z), timesteps[:1].expand(len(z)))
-        for t in timesteps:
+        z = noised(schedule, z, randn(z.shape, generator, z), times[0])
+        for t, s in pairwise(times):
             output = self.surrogate.predict(z, t.expand(len(z)), self.embedding)
-            noise = randn(z.shape, generator, z)
-            z = scheduler.step(output, t, z, eta=self.eta, variance_noise=noise).prev_sample
+            z = step(schedule, z, output, t, s, eta=self.eta, fresh=randn(z.shape, generator, z))
         return self.surrogate.decode_with_gradient(z)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -18,16 +17,16 @@ from antidiffusion.models.base import Embedding, Surrogate, randn
 
 
 @contextmanager
-def record_features(unet: Any) -> Iterator[list[Tensor]]:
-    """Record, inside the block, what the last up block's residual layers add: the paper's layers 9 to 11.
+def record_features(surrogate: Surrogate) -> Iterator[list[Tensor]]:
+    """Record the denoiser's features, see `Surrogate.features`, inside the block.
 
     Returns:
         List that fills with one `(B, C, h, w)` map per residual layer and forward pass.
     """
     features: list[Tensor] = []
     hooks = [
-        layer.conv2.register_forward_hook(lambda module, arguments, output: features.append(output))
-        for layer in unet.up_blocks[-1].resnets
+        layer.register_forward_hook(lambda module, arguments, output: features.append(output))
+        for layer in surrogate.features()
     ]
     try:
         yield features
@@ -44,7 +43,7 @@ class DenoisingFeature:
         surrogate: The model.
         embedding: Text embedding of the prompt.
         clean: Pictures `(B, 3, h, w)` in [0, 1] that the features move away from.
-        steps: For each of the B pictures the steps `(S,)` int64 that may be drawn, on the CPU.
+        steps: For each of the B pictures the times `(S,)` that may be drawn, on the CPU.
         weight: lambda; 0 leaves the features out.
     """
 
@@ -60,9 +59,9 @@ class DenoisingFeature:
         t = torch.stack([allowed[_index(len(allowed), generator)] for allowed in self.steps]).to(z.device)
         if not self.weight:
             return self.surrogate.denoising_loss(z, n, t, self.embedding)
-        with torch.no_grad(), record_features(self.surrogate.unet) as before:
+        with torch.no_grad(), record_features(self.surrogate) as before:
             self.surrogate.denoising_loss(self.clean_latent, n, t, self.embedding)
-        with record_features(self.surrogate.unet) as after:
+        with record_features(self.surrogate) as after:
             loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
         shifts = [(a.float() - b.float()).square().mean((1, 2, 3)) for a, b in zip(after, before, strict=True)]
         return loss + self.weight * torch.stack(shifts).mean(0)

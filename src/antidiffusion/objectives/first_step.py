@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate, randn
+from antidiffusion.models.sampling import way_down
+from antidiffusion.models.schedule import noised
 from antidiffusion.objectives import Objective
 from antidiffusion.objectives.denoising import predicted_noise
 
@@ -36,10 +38,9 @@ class FirstStepNoise:
     inference_steps: int = 4
 
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
-        self.surrogate.scheduler.set_timesteps(self.inference_steps, device=x.device)
         z = self.surrogate.encode(x, generator)
-        t = self.surrogate.scheduler.timesteps[:1].expand(len(z))
-        z_t = self.surrogate.schedule.add_noise(z, randn(z.shape, generator, z), t)
+        t = way_down(self.surrogate, x.shape[-2], x.shape[-1], self.inference_steps)[:1].expand(len(z))
+        z_t = noised(self.surrogate.schedule, z, randn(z.shape, generator, z), t)
         return predicted_noise(self.surrogate, z_t, t, self.embedding).flatten(1).norm(dim=1)
 
 

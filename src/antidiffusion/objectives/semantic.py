@@ -11,8 +11,9 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
+from antidiffusion.models.attention import mean_map, record_attention
 from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.schedule import noised, target
 
 
 def zero(attention: Tensor, clean: Tensor | None) -> Tensor:
@@ -96,13 +97,13 @@ class DenoisingSemantic:
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
         z = self.surrogate.encode(x, generator)
         n, t = self.surrogate.draw(z, generator)
-        targets, clean = [(self.noise_weight, self.surrogate.schedule.target(z, n, t))], None
+        targets, clean = [(self.noise_weight, target(self.surrogate.schedule, z, n, t))], None
         if self.clean is not None and (self.clean_weight or (self.weight and self.sdl == "divergence")):
             with torch.no_grad():
                 before, clean = self._answer(self.clean_latent, n, t)
             targets.append((self.clean_weight, before))
         answer, attention = self._answer(z, n, t)
-        distances = [weight * (answer - target).square().mean((1, 2, 3)) for weight, target in targets]
+        distances = [weight * (answer - other).square().mean((1, 2, 3)) for weight, other in targets]
         loss = torch.stack(distances).sum(0)
         if attention is None:
             return loss
@@ -115,10 +116,10 @@ class DenoisingSemantic:
 
     def _answer(self, z: Tensor, n: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Ask the UNet; return its answer and, if SDL reads it, its attention."""
-        z_t = self.surrogate.schedule.add_noise(z, n, t)
+        z_t = noised(self.surrogate.schedule, z, n, t)
         if not self.weight:
             return self.surrogate.predict(z_t, t, self.embedding), None
-        with record_attention(self.surrogate.unet, coarsest_layers(self.surrogate.unet)) as maps:
+        with record_attention(self.surrogate, self.surrogate.map_layers()) as maps:
             answer = self.surrogate.predict(z_t, t, self.embedding)
         return answer, mean_map(maps)
 
@@ -158,9 +159,8 @@ class Official:
     def __call__(self, x: Tensor, generator: Generator) -> Tensor:
         z = self.surrogate.encode(x, generator)
         n, t = self.surrogate.draw(z, generator)
-        unet = self.surrogate.unet
-        layers = [name for name in unet.attn_processors if ".attn2." in name and not name.startswith("mid_block")]
-        with record_attention(unet, layers if self.weight else [], self.positions) as maps:
+        layers = [name for name in self.surrogate.cross_layers() if not name.startswith("mid_block")]
+        with record_attention(self.surrogate, layers if self.weight else [], self.positions) as maps:
             loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
         if not maps:  # no layer has 16 x 16 positions at this size: the released code's term is then empty
             return loss

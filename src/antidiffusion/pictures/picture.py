@@ -3,7 +3,6 @@
 import os
 import re
 import struct
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from antidiffusion.pictures.errors import PictureError as PictureError
+from antidiffusion.pictures.files import atomic
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,10 +36,6 @@ DESCRIPTIVE = {*range(270, 273), 282, 283, 296, 305, 306, 315, 316, 18246, 18249
 DESCRIPTIVE |= {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}
 XMP_TAG = 700
 PHOTOMETRIC_TAG, WHITE_IS_ZERO = 262, 0
-
-
-class PictureError(ValueError):
-    """A picture that cannot be read or written, in one sentence: expected, got, remedy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,26 +126,15 @@ class Picture:
         """
         path = Path(path)
         options = self._options(path)
-        # A hidden name in the same folder: os.replace is atomic only inside one file system.
-        scratch = path.with_name(f".{uuid.uuid4().hex}.part")
-        try:
-            if self.source is not None and _same(path, self.source):
-                raise PictureError(f"{path}: expected a new file, got the picture's own; choose another name")
-            if not overwrite and path.exists():
-                raise PictureError(f"{path}: expected a new file, got an existing one; allow overwriting it")
+        if self.source is not None and _same(path, self.source):
+            raise PictureError(f"{path}: expected a new file, got the picture's own; choose another name")
+        with atomic(path, overwrite=overwrite) as (part,), part.open("xb+") as file:
             try:
-                with scratch.open("xb+") as file:
-                    self._image(path).save(file, **options)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(path)
-            finally:  # after a KeyboardInterrupt too
-                scratch.unlink(missing_ok=True)
-        except OSError as error:
-            got = error.strerror or str(error)
-            raise PictureError(f"{path}: expected a writable place with room, got {got!r}; choose another") from error
-        except RuntimeError as error:  # libtiff refuses a tag
-            raise PictureError(f"{path}: expected EXIF that TIFF can hold, got {error}; use .png or .webp") from error
+                self._image(path).save(file, **options)
+            except RuntimeError as error:  # libtiff refuses a tag
+                raise PictureError(
+                    f"{path}: expected EXIF that TIFF can hold, got {error}; use .png or .webp"
+                ) from error
 
     def _image(self, path: Path) -> Image.Image:
         """Assemble the Pillow image that `path`'s format and the ICC profile ask for."""

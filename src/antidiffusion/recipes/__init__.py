@@ -3,7 +3,7 @@
 from antidiffusion.recipes.advdm import AdvDM
 from antidiffusion.recipes.anti_diffusion import Alternation, AntiDiffusion
 from antidiffusion.recipes.anti_dreambooth import ASPL, FSMG
-from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Recipe, Trace, posteriors
+from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Recipe, Trace, posteriors
 from antidiffusion.recipes.diffusion_guard import DiffusionGuard
 from antidiffusion.recipes.mist import Mist
 from antidiffusion.recipes.official import OfficialAntiDiffusion
@@ -29,7 +29,6 @@ __all__ = [
     "OfficialAntiDiffusion",
     "PhotoGuard",
     "PhotoGuardDiffusion",
-    "Progress",
     "RandomSign",
     "Recipe",
     "SDSMinus",

@@ -8,7 +8,8 @@ from torch import Generator
 from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.denoising import Denoising
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.recipes.base import Progress, Trace, climb
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.base import Trace, climb
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from typing import Any
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.memory import low_memory
 from antidiffusion.models.tuning import Loss, denoising, fit, tunable
 from antidiffusion.objectives.semantic import DenoisingSemantic
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.ascent import Momentum, ascend, batches, decayed, scatter, views
-from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Progress, Trace, posteriors
+from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Trace, posteriors
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class AntiDiffusion(Alternation):
             for step_size in islice(sizes, self.steps):
                 yield from ascend(objectives, groups, budget, step_size=step_size, **options)
 
-        lean = surrogate.low_memory() if self.low_memory else nullcontext()
+        lean = low_memory(surrogate) if self.low_memory else nullcontext()
         tuned: AbstractContextManager[tuple[list[Tensor], float]] = nullcontext(([], 0.0))
         if self.counts[TUNING]:
             tuned = tunable(surrogate, self.tuning)

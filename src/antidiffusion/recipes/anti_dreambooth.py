@@ -16,8 +16,9 @@ from antidiffusion.objectives import Objective
 from antidiffusion.objectives.denoising import Denoising
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.ascent import ascend, batches
-from antidiffusion.recipes.base import PERTURBATION, TUNING, Progress, Trace, posteriors
+from antidiffusion.recipes.base import PERTURBATION, TUNING, Trace, posteriors
 
 STEP_SIZE = 5e-3 * 255 / 2  # 5e-3 of the range [-1, 1], in 1/255 units
 
@@ -29,7 +30,7 @@ def learner(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
     Arguments and returns as `antidiffusion.models.tuning.tunable`.
     """
     with tunable(surrogate, method) as (weights, learning_rate):
-        full = weights[0] is next(surrogate.unet.parameters())
+        full = weights[0] is next(surrogate.denoiser.parameters())
         text = [weight for encoder in surrogate.text_encoders for weight in encoder.parameters()] if full else []
         with restored(text) if text else nullcontext():
             yield [*weights, *text], learning_rate

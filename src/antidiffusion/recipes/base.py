@@ -11,10 +11,8 @@ from antidiffusion.models.base import Posterior, Surrogate
 from antidiffusion.objectives import Objective
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.ascent import ascend, batches, decayed, scatter, views
-
-Progress = Callable[[str, int, int], None]
-"""Called after every step with the stage's name, the steps done and the steps of the whole run."""
 
 PROMPT, TUNING, PERTURBATION = "prompt tuning", "surrogate tuning", "perturbation"
 

@@ -13,7 +13,8 @@ from antidiffusion.objectives import Objective
 from antidiffusion.objectives.first_step import FirstStepNoise, RandomlyMasked
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.pictures.picture import Picture
-from antidiffusion.recipes.base import Progress, Trace, climb
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.base import Trace, climb
 
 
 @dataclass(frozen=True)

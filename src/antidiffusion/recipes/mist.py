@@ -9,7 +9,8 @@ from torch import Generator, Tensor
 from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.latent import Fused
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.recipes.base import Progress, Trace, climb
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.base import Trace, climb
 
 LATENT = 4 * 64 * 64  # values of the latent of 512 x 512 pixels, over which the released code sums
 

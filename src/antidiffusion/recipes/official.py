@@ -2,19 +2,21 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator
 
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.schedule import VP
 from antidiffusion.models.tuning import Loss, constant, denoising, tunable
 from antidiffusion.objectives.semantic import Official
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.anti_diffusion import Alternation
 from antidiffusion.recipes.ascent import ascend, batches
-from antidiffusion.recipes.base import Progress, Trace, posteriors
+from antidiffusion.recipes.base import Trace, posteriors
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class OfficialAntiDiffusion(Alternation):
     def __call__(
         self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
     ) -> Trace:
+        if not isinstance(surrogate.schedule, VP):
+            raise ValueError(
+                f"expected a model of Stable Diffusion 1, 2 or XL for official, got {surrogate.name}; name one"
+            )
         groups = batches(canvases)
         embedding = surrogate.embed([""])
         objectives = [Official(surrogate, embedding, self.sdl_weight)] * len(groups)
         noise_target = copy.copy(surrogate)
-        noise_target.schedule = replace(surrogate.schedule, prediction="epsilon")
+        noise_target.schedule = VP({**surrogate.schedule.scheduler, "prediction_type": "epsilon"})
 
         def prompt_loss() -> Loss:
             samplers = [constant(posterior.sample(generator)) for posterior in posteriors(groups, surrogate)]

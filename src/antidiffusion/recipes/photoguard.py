@@ -9,7 +9,8 @@ from torch import Generator
 from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.latent import LatentTarget
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.recipes.base import Progress, Trace, climb
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.base import Trace, climb
 
 GREY = 0.5
 

@@ -10,7 +10,8 @@ from antidiffusion.models.base import Surrogate
 from antidiffusion.objectives.denoising import Mean
 from antidiffusion.objectives.editing import EditTarget
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.recipes.base import Progress, Trace, climb
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.base import Trace, climb
 from antidiffusion.recipes.photoguard import GREY
 
 

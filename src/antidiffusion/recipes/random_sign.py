@@ -9,7 +9,8 @@ from torch import Generator
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.recipes.base import PERTURBATION, Progress, Trace
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.base import PERTURBATION, Trace
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,19 @@ from antidiffusion.objectives import Objective
 from antidiffusion.objectives.feature import DenoisingFeature
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import Progress
 from antidiffusion.recipes.anti_dreambooth import ASPL
 from antidiffusion.recipes.ascent import batches, gradient, views
-from antidiffusion.recipes.base import Progress, Trace
+from antidiffusion.recipes.base import Trace
 
 SELECTION = "time-step selection"
-ENOUGH = 0.1  # share of the steps at which the selection ends: 100 of 1000
+BINS = 1000  # steps of the noising that the search tells apart: the training steps of Stable Diffusion
+ENOUGH = 0.1  # share of them at which the selection ends
+
+
+def times(surrogate: Surrogate, steps: Tensor) -> Tensor:
+    """Return the schedule's times `(S,)` at steps `(S,)` int64 of the `BINS`."""
+    return surrogate.schedule.time((steps + 0.5) / BINS)
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,11 @@ class SimAC(ASPL):
         for group in groups:
             chosen.append([])
             for canvas in group:
-                left = torch.ones(len(surrogate.schedule.signal), dtype=torch.bool)
+                left = torch.ones(BINS, dtype=torch.bool)
                 before = len(trace.losses.get(SELECTION, []))
                 trace.run(SELECTION, self._search(left, canvas, surrogate, embedding, generator))
                 trace.total -= self.selection_steps - (len(trace.losses.get(SELECTION, [])) - before)
-                chosen[-1].append(left.nonzero()[:, 0])
+                chosen[-1].append(times(surrogate, left.nonzero()[:, 0]))
 
         def objectives(embedding: Embedding) -> list[Objective]:
             return [
@@ -80,7 +87,9 @@ class SimAC(ASPL):
         trial.delta = canvas.delta.clone()
 
         def at(step: int) -> tuple[Tensor, Tensor]:
-            objective = DenoisingFeature(surrogate, embedding, trial.clean_view, [torch.tensor([step])], weight=0)
+            objective = DenoisingFeature(
+                surrogate, embedding, trial.clean_view, [times(surrogate, torch.tensor([step]))], weight=0
+            )
             return gradient(objective, trial.view(), generator)
 
         for _ in range(self.selection_steps):
