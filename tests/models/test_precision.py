@@ -1,11 +1,11 @@
 import pytest
 import torch
+from antidiffusion.objectives.semantic import DenoisingSemantic
 from conftest import Checkpoint
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.precision import DTYPES, device_of, dtypes_of
-from antidiffusion.objectives.semantic import DenoisingSemantic
 
 CPU = torch.device("cpu")
 

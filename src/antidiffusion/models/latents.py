@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antidiffusion.models.weights import WeightsError
+from antidiffusion.models.headers import WeightsError
 
 LATENTS = "latents"
 FOLDER = "ANTIDIFFUSION_LATENTS"
@@ -106,6 +106,11 @@ def shift(clean: Tensor, other: Tensor) -> Tensor:
     """Return the squared distance of latents `(B, C, h, w)` over the variance of the clean ones, `(B,)`."""
     variance = clean.var((1, 2, 3), correction=0).clamp(min=1e-12)
     return (other - clean).square().mean((1, 2, 3)) / variance
+
+
+def names_latents(model: str) -> bool:
+    """Say whether a model's name means latent spaces rather than a whole model."""
+    return model.partition(":")[0] == LATENTS or bool(tiny_folders(Path(model).expanduser()))
 
 
 def load_latents(model: str, *, device: torch.device, offline: bool = False) -> LatentSpaces:

@@ -9,6 +9,7 @@ import torch
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError, first_line, read_json
 from antidiffusion.models.kinds import Kind, classify
+from antidiffusion.models.latents import LatentSpaces, load_latents, names_latents
 from antidiffusion.models.precision import device_of, dtypes_of
 from antidiffusion.models.weights import locate
 from antidiffusion.process import uncollected
@@ -44,6 +45,11 @@ def load(
             or no number.
         ValueError: If there is no such device or dtype.
     """
+    if names_latents(model):
+        raise WeightsError(
+            f"expected a whole model, got {model}, which has encoders only: pictures can be protected with it, not "
+            "drawn, edited or tuned to; name another model"
+        )
     where = device_of(device)
     with uncollected():
         location = locate(model, config=config, offline=offline)
@@ -55,6 +61,14 @@ def load(
         surrogate: Surrogate = build(kind.scheduler, name=model, autocast=autocast, **_parts(kind, weights)).to(where)
         trial(surrogate)
     return surrogate
+
+
+def load_protector(model: str, *, device: str | torch.device = "auto", **options: Any) -> Surrogate | LatentSpaces:
+    """Load what pictures can be protected with: a model, see `load`, or latent spaces, see `load_latents`."""
+    if not names_latents(model):
+        return load(model, device=device, **options)
+    with uncollected():
+        return load_latents(model, device=device_of(device), offline=options.get("offline", False))
 
 
 def _parts(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:

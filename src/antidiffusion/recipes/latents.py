@@ -1,10 +1,10 @@
 """Away from the clean latent in several latent spaces: a protection that needs encoders only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.latents import LatentSpaces, shift
-from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, filter_matrix
-from antidiffusion.recipes.ascent import Momentum, ascend, batches, decayed, scatter, views
-from antidiffusion.recipes.base import PERTURBATION, Progress, Trace
+from antidiffusion.progress import Progress
+from antidiffusion.recipes.ascent import Momentum, uniform
+from antidiffusion.recipes.base import PERTURBATION, Trace, climb
 
 SCALES = (2 / 3, 4 / 3)  # of a view of 768 px: the 512 and 1024 px at which attackers look
 QUALITIES = (60, 95)  # JPEG: what sites and attackers re-encode with
@@ -125,19 +125,29 @@ class Latents:
         Boosting Adversarial Attacks with Momentum, Dong et al., 2018, arXiv 1710.06081 (ensembles)
     """
 
+    encoders_suffice: ClassVar[bool] = True
+
     budget: float = 8
     steps: int = 24
     step_size: float | None = None
     momentum: float = 0.9
     processings: tuple[str, ...] = tuple(PROCESSINGS)
 
-    def __call__(self, canvases: Sequence[Canvas], surrogate: Any, generator: Generator, progress: Progress) -> Trace:
-        groups = batches(canvases)
-        objectives = [LatentShift(surrogate, views(group), self.processings) for group in groups]
-        budget, momentum, trace = Linf(self.budget), Momentum(self.momentum), Trace(self.steps, progress)
-        scatter(canvases, budget, generator)
-        for done in range(self.steps):
-            size = decayed(self.step_size or self.budget / 4, done, self.steps)
-            options: Any = {"steps": 1, "step_size": size, "generator": generator, "momentum": momentum}
-            trace.run(PERTURBATION, ascend(objectives, groups, budget, **options))
-        return trace
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps of each stage in a whole run."""
+        return {PERTURBATION: self.steps}
+
+    def __call__(
+        self,
+        canvases: Sequence[Canvas],
+        surrogate: Surrogate | LatentSpaces,
+        generator: Generator,
+        progress: Progress,
+    ) -> Trace:
+        def objective(clean: Tensor) -> LatentShift:
+            return LatentShift(surrogate, clean, self.processings)
+
+        sized: Any = replace(self, step_size=self.step_size or self.budget / 4)
+        direction = Momentum(self.momentum)
+        return climb(sized, objective, canvases, generator, progress, start=uniform, direction=direction, decay=True)
