@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
-import antidiffusion.protection
+import antidiffusion.card
+from antidiffusion.card import HELD_OUT_PROMPT, effect
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import Picture, PictureError
-from antidiffusion.protection import HELD_OUT_PROMPT, Protected, effect, protect
+from antidiffusion.protection import Protected, protect
 from antidiffusion.recipes import AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe, Trace
 
 CHEAP = AntiDiffusion(steps=1, rounds=0, prompt_steps=0)
@@ -47,7 +48,7 @@ class Nothing:
 @pytest.fixture(autouse=True)
 def fewer_held_out_steps(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 2)
+        patch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 2)
         yield
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from antidiffusion.objectives.semantic import SDL, Official
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from reference_official import attention_loss, cross_attention, protect_official
 from torch import Tensor
 
-from antidiffusion.models.attention import mean_map, record_attention
+from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.schedule import VP, noised
-from antidiffusion.objectives.semantic import SDL, Official
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.protection import effect
@@ -85,7 +85,7 @@ def held_out(surrogate: Surrogate, x: Tensor, draws: int = 32) -> tuple[float, f
     generator = torch.Generator().manual_seed(999)
     z = surrogate.posterior(x).mean.expand(draws, -1, -1, -1)
     n, t = surrogate.draw(z, generator)
-    with record_attention(surrogate, surrogate.map_layers()) as maps:
+    with record_attention(surrogate.unet, coarsest_layers(surrogate.unet)) as maps:
         loss = surrogate.denoising_loss(z, n, t, surrogate.embed([""]))
     return loss.mean().item(), 1 - mean_map(maps)[..., 0].mean().item()
 
@@ -94,13 +94,15 @@ def reference(surrogate: Surrogate, **options: Any) -> Tensor:
     """Return the perturbation of the independent implementation, in 1/255 units."""
     x = torch.from_numpy(PORTRAIT).permute(2, 0, 1)[None] / 127.5 - 1
     (encoder,), (tokenizer,) = surrogate.text_encoders, surrogate.tokenizers
-    parts = (surrogate.vae, surrogate.denoiser, encoder, tokenizer, surrogate.pipeline().scheduler)
-    return (protect_official(*parts, x, **options) - x) * 127.5
+    return (
+        protect_official(surrogate.vae, surrogate.unet, encoder, tokenizer, surrogate.scheduler, x, **options) - x
+    ) * 127.5
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_official_equals_an_independent_implementation(surrogate: Surrogate, prediction: str) -> None:
-    surrogate = replace(surrogate, schedule=VP({**surrogate.schedule.scheduler, "prediction_type": prediction}))
+    scheduler = DDIMScheduler.from_config(surrogate.scheduler.config, prediction_type=prediction)
+    surrogate = replace(surrogate, scheduler=scheduler)
     # a hundred times the released code's learning rate, so that wrong tuning would show
     recipe = replace(OfficialAntiDiffusion(), **SHORT, learning_rate=5e-5)
     expected = reference(surrogate, **SHORT, learning_rate=5e-5)
@@ -109,8 +111,8 @@ def test_official_equals_an_independent_implementation(surrogate: Surrogate, pre
 
 def test_the_attention_term_of_official_equals_the_reference(surrogate: Surrogate) -> None:
     # Compared alone, on sharpened attention: as trained, every token holds more than 1 % and the term is constant.
-    sharp = replace(surrogate, denoiser=deepcopy(surrogate.denoiser))
-    for name, module in sharp.denoiser.named_modules():
+    sharp = replace(surrogate, unet=deepcopy(surrogate.unet))
+    for name, module in sharp.unet.named_modules():
         if name.endswith("attn2.to_q"):
             module.weight.mul_(20)
     x, embedding = canvas().view(), surrogate.embed(["a photo of a woman with red hair"])
@@ -118,12 +120,12 @@ def test_the_attention_term_of_official_equals_the_reference(surrogate: Surrogat
         without, whole = (
             Official(sharp, embedding, weight)(x, torch.Generator().manual_seed(3)).item() for weight in (0.0, 1.0)
         )
-        sharp.denoiser.set_attn_processor(AttnProcessor())
+        sharp.unet.set_attn_processor(AttnProcessor())
         generator = torch.Generator().manual_seed(3)
         z = sharp.encode(x, generator)
         n, t = sharp.draw(z, generator)
-        with cross_attention(sharp.denoiser) as maps:
-            sharp.denoiser(noised(sharp.schedule, z, n, t), t, encoder_hidden_states=embedding.tokens)
+        with cross_attention(sharp.unet) as maps:
+            sharp.unet(sharp.scheduler.add_noise(z, n, t), t, encoder_hidden_states=embedding.tokens)
     expected = attention_loss(maps).item()
     assert 0.1 < expected < 0.9
     assert without - whole == pytest.approx(expected, rel=1e-4)
@@ -202,7 +204,7 @@ class Interrupt:
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("after", [None, 1, 2, 4, 6], ids=["whole", "prompt", "first", "tuning", "second"])
 def test_the_model_comes_back_bit_for_bit(surrogate: Surrogate, tuning: str, after: int | None) -> None:
-    before, processors = sha256(surrogate), surrogate.denoiser.attn_processors
+    before, processors = sha256(surrogate), surrogate.unet.attn_processors
     recipe = AntiDiffusion(tuning=tuning, **TINY)
     if after is None:
         protect(recipe, surrogate)
@@ -210,16 +212,16 @@ def test_the_model_comes_back_bit_for_bit(surrogate: Surrogate, tuning: str, aft
         with pytest.raises(KeyboardInterrupt):
             run(recipe, surrogate, canvas(), progress=Interrupt(after))
     assert sha256(surrogate) == before
-    assert surrogate.denoiser.attn_processors == processors
+    assert surrogate.unet.attn_processors == processors
     assert not any(
         weight.requires_grad or weight.grad is not None for m in surrogate.modules for weight in m.parameters()
     )
-    assert not any("lora" in name for name, _ in surrogate.denoiser.named_modules())
+    assert not any("lora" in name for name, _ in surrogate.unet.named_modules())
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_tuning_moves_the_weights_that_the_perturbation_then_meets(surrogate: Surrogate, tuning: str) -> None:
-    unet = surrogate.denoiser
+    unet = surrogate.unet
     before = {name.replace(".base_layer", ""): weight.clone() for name, weight in unet.named_parameters()}
     moved: set[str] = set()
 

@@ -2,11 +2,6 @@ import copy
 
 import pytest
 import torch
-from torch import Generator, Tensor
-
-from antidiffusion.models.attention import mean_map, record_attention
-from antidiffusion.models.base import Embedding, Surrogate
-from antidiffusion.models.schedule import noised
 from antidiffusion.objectives.semantic import (
     BALANCE_EVERY,
     SDL,
@@ -16,6 +11,10 @@ from antidiffusion.objectives.semantic import (
     semantic,
     zero,
 )
+from torch import Generator, Tensor
+
+from antidiffusion.models.attention import coarsest_layers, cross_attention_layers, mean_map, record_attention
+from antidiffusion.models.base import Embedding, Surrogate
 
 TOKENS = 32
 
@@ -79,7 +78,7 @@ def test_ascent_moves_the_surrogate_s_attention(tiny: Surrogate, x: Tensor, embe
         n, t = tiny.draw(z, generator)
         recorded = []
         for latent in (z, tiny.posterior(x).mean):
-            with record_attention(tiny, tiny.map_layers()) as found:
+            with record_attention(tiny.unet, coarsest_layers(tiny.unet)) as found:
                 tiny.denoising_loss(latent, n, t, embedding)
             recorded.append(mean_map(found))
         return SDL[name](*recorded)
@@ -129,7 +128,7 @@ def test_the_clean_answer_is_the_answer_for_the_clean_picture(tiny: Surrogate, x
     generator, protected = seeded(), (x + 0.05).clamp(0, 1)
     z = tiny.encode(protected, generator)
     n, t = tiny.draw(z, generator)
-    answers = [tiny.predict(noised(tiny.schedule, a, n, t), t, embedding) for a in (z, tiny.posterior(x).mean)]
+    answers = [tiny.predict(tiny.schedule.add_noise(a, n, t), t, embedding) for a in (z, tiny.posterior(x).mean)]
     expected = (answers[0] - answers[1]).square().mean((1, 2, 3))
     for weight in (0.0, 1.0):
         objective = DenoisingSemantic(tiny, embedding, weight, "divergence", x, noise_weight=0, clean_weight=1)
@@ -154,10 +153,10 @@ def test_settings_that_make_no_sense_are_refused(tiny: Surrogate, x: Tensor, emb
 
 
 def test_an_objective_is_deterministic_and_restores_the_unet(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
-    before = tiny.denoiser.attn_processors
+    before = tiny.unet.attn_processors
     first, second = (slope(DenoisingSemantic(tiny, embedding, sdl="divergence", clean=x), x) for _ in range(2))
-    assert torch.equal(first, second) and tiny.denoiser.attn_processors == before
-    assert all(parameter.grad is None for parameter in tiny.denoiser.parameters())
+    assert torch.equal(first, second) and tiny.unet.attn_processors == before
+    assert all(parameter.grad is None for parameter in tiny.unet.parameters())
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 100.0])
@@ -165,8 +164,8 @@ def test_official_gives_no_gradient_to_tokens_above_one_percent(
     tiny: Surrogate, x: Tensor, embedding: Embedding, sharpness: float
 ) -> None:
     surrogate = copy.copy(tiny)
-    surrogate.denoiser = copy.deepcopy(tiny.denoiser)
-    for name, layer in surrogate.denoiser.named_modules():
+    surrogate.unet = copy.deepcopy(tiny.unet)
+    for name, layer in surrogate.unet.named_modules():
         if name.endswith("attn2.to_q"):
             layer.weight.mul_(sharpness)  # 0: uniform maps, 3 % a token
     plain, full = (Official(surrogate, embedding, weight, positions=16) for weight in (0.0, 1.0))
@@ -180,8 +179,8 @@ def test_official_is_the_released_formula(tiny: Surrogate, x: Tensor, embedding:
     generator = seeded()
     z = tiny.encode(x, generator)
     n, t = tiny.draw(z, generator)
-    with record_attention(tiny, tiny.cross_layers()) as found:
-        output = tiny.predict(noised(tiny.schedule, z, n, t), t, embedding)
+    with record_attention(tiny.unet, cross_attention_layers(tiny.unet)) as found:
+        output = tiny.predict(tiny.schedule.add_noise(z, n, t), t, embedding)
     halves = [layer[:, layer.shape[1] // 2 :].mean(1) for layer in found if layer.shape[2] == 16]
     term = (100 * torch.stack(halves).mean(0)).clamp(0, 1).square().mean((1, 2))
     expected = (output - n).square().mean((1, 2, 3)) - 0.3 * term
