@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.memory import checkpointed, low_memory, offload, recomputed, saved
-from antidiffusion.objectives.semantic import DenoisingSemantic
+from antidiffusion.recipes.anti_diffusion import DenoisingSemantic
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
