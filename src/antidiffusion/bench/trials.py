@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Prompts, usual
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.bench.plan import HALF, Folder, Plan, Trial
@@ -196,7 +196,8 @@ class Laboratory:
         metrics |= self._likeness(drawn[tunings.drawn :], reference, OTHER_PROMPT)
         flags = []
         if trial.recipe == CLEAN:
-            options: Any = {"size": x.shape[-2:], "steps": attack.sampling_steps, "guidance": attack.guidance}
+            steps, guidance = usual(attack.sampling_steps, attack.guidance, surrogate)
+            options: Any = {"size": x.shape[-2:], "steps": steps, "guidance": guidance}
             untuned = sample(texts[: tunings.drawn], surrogate, Generator().manual_seed(trial.seed), **options).cpu()
             metrics["distance_untuned"] = distance(self.faces.embed(untuned), reference)
             tuned_to, before = metrics["distance"], metrics["distance_untuned"]
