@@ -175,6 +175,17 @@ def test_the_side_of_the_pictures_in_training(unet: Any, vae: Any, side: int, tm
     assert classify(Location(skeletons.write_folder(tmp_path / "model", "sd", changes))).size == side
 
 
+def test_a_third_text_encoder_that_was_left_out(tmp_path: Path) -> None:
+    folder = skeletons.write_folder(tmp_path / "model", "sd3")
+    (folder / "text_encoder_3" / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="text_encoder_3"):
+        kind = classify(Location(folder))
+    assert "text_encoder_3" not in kind.configs and set(kind.tokenizers) == {"tokenizer", "tokenizer_2"}
+    (folder / "text_encoder_3" / "pytorch_model.bin").touch()  # there it is, in a format that could run code
+    with pytest.raises(WeightsError, match="run code"):
+        classify(Location(folder))
+
+
 def test_entries_that_a_scheduler_does_not_say_are_its_classs(tmp_path: Path) -> None:
     bare = skeletons.write_folder(tmp_path / "model", "sd")
     (bare / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "HeunDiscreteScheduler"}')
