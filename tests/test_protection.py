@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
-import antidiffusion.protection
+import antidiffusion.card
+from antidiffusion.card import HELD_OUT_PROMPT, effect
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import Picture, PictureError
-from antidiffusion.protection import HELD_OUT_PROMPT, Protected, effect, protect
+from antidiffusion.protection import Protected, protect
 from antidiffusion.recipes import AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe, Trace
 
 CHEAP = AntiDiffusion(steps=1, rounds=0, prompt_steps=0)
@@ -47,7 +48,7 @@ class Nothing:
 @pytest.fixture(autouse=True)
 def fewer_held_out_steps(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 2)
+        patch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 2)
         yield
 
 
@@ -146,12 +147,12 @@ def test_the_seed_decides_the_bytes(tmp_path: Path, tiny: Surrogate, recipe: Rec
 
 
 def test_a_picture_alone_and_among_others(tiny: Surrogate) -> None:
-    before = {key: value.clone() for key, value in tiny.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in tiny.denoiser.state_dict().items()}
     first, second = picture(seed=1), picture(height=100, seed=2)
     among = protect([first, second], WHOLE, surrogate=tiny)
     (alone,) = protect([second], WHOLE, surrogate=tiny)
     assert (among[1].picture.pixels == alone.picture.pixels).all()
-    assert all(torch.equal(before[key], value) for key, value in tiny.unet.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in tiny.denoiser.state_dict().items())
 
 
 def test_together_is_joint(tiny: Surrogate) -> None:

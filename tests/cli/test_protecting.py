@@ -20,9 +20,9 @@ from command_line import PROGRAM, QUIET, Run, cli, draw
 from PIL import Image
 
 import antidiffusion.batch
+import antidiffusion.card
 import antidiffusion.cli
 import antidiffusion.process
-import antidiffusion.protection
 import antidiffusion.recipes
 from antidiffusion import __version__
 from antidiffusion.cli.shared import MINI_NOTE

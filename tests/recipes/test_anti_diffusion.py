@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from antidiffusion.objectives.semantic import SDL, Official
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
 from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.semantic import SDL, Official
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.protection import effect

@@ -2,10 +2,6 @@ import copy
 
 import pytest
 import torch
-from torch import Generator, Tensor
-
-from antidiffusion.models.attention import coarsest_layers, cross_attention_layers, mean_map, record_attention
-from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.objectives.semantic import (
     BALANCE_EVERY,
     SDL,
@@ -15,6 +11,10 @@ from antidiffusion.objectives.semantic import (
     semantic,
     zero,
 )
+from torch import Generator, Tensor
+
+from antidiffusion.models.attention import coarsest_layers, cross_attention_layers, mean_map, record_attention
+from antidiffusion.models.base import Embedding, Surrogate
 
 TOKENS = 32
 

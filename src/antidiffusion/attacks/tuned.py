@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.attacks.base import Prompts, Texts
+from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
 from antidiffusion.models.memory import checkpointed
 from antidiffusion.models.sampling import check_size, sample
@@ -186,6 +187,7 @@ class Tuning:
             options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
             with checkpointed(surrogate.denoiser, self.gradient_checkpointing):
                 for value in fit(parameters, loss, **options):
+                    expect_finite(value, "the loss of the tuning")
                     losses.append(value)
                     progress("tuning", before + len(losses), total)
             size = (x.shape[-2], x.shape[-1])

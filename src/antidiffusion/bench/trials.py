@@ -17,6 +17,7 @@ from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.bench.plan import HALF, Folder, Plan, Trial
 from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK, PICTURES, UNPURIFIED, Row
+from antidiffusion.card import effect, peak_memory, versions
 from antidiffusion.data.defense_edit import Item, asked
 from antidiffusion.data.people import Person
 from antidiffusion.metrics.arcface import ArcFace
@@ -30,7 +31,7 @@ from antidiffusion.models.base import Surrogate
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.picture import READABLE, WRITERS, Picture, linf
 from antidiffusion.pictures.tensors import to_picture
-from antidiffusion.protection import effect, peak_memory, protect, versions
+from antidiffusion.protection import protect
 
 UNCHANGED = 0.98  # SSIM to the source above which an edit has done nothing
 ZERO, EXCEEDED, LOSSY = "zero gradient", "budget exceeded", "lossy file"

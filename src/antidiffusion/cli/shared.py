@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from antidiffusion import __version__
+from antidiffusion.failures import FAILURES, NotFiniteError, is_out_of_memory, printable, sentence
 
 app = typer.Typer(
     help="Perturb pictures, almost invisibly, so that fine-tuning and editing them with diffusion models goes wrong. "
@@ -62,27 +63,37 @@ def common(
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note."""
+    """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note.
+
+    Memory that is not enough and numbers that are none are no mistake of the command: their exit code is 1.
+    """
     said = set[str]()
 
     def note(text: str) -> None:
         if text not in said:
             said.add(text)
-            stderr.print(f"note: {text}", style="yellow")
+            say(f"note: {text}", style="yellow")
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
             yield
-    except (ValueError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError):
-            text = f"{error.filename or 'disk'}: expected a place to write to, got {error.strerror!r}; choose another"
-        stderr.print(f"error: {text}", style="red")
-        raise typer.Exit(2) from None
+    except BrokenPipeError:  # `| head` has read enough
+        raise
+    except FAILURES as error:
+        not_its_fault = isinstance(error, NotFiniteError) or is_out_of_memory(error)
+        if not not_its_fault and not isinstance(error, ValueError | OSError):
+            raise
+        say(f"error: {sentence(error)}", style="red")
+        raise typer.Exit(1 if not_its_fault else 2) from None
     except KeyboardInterrupt:
         stderr.print("interrupted; no half-written file was left; run the same command again")
         raise typer.Exit(130) from None
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print one line on standard error, with what a terminal would obey escaped."""
+    stderr.print(printable(text), style=style)
 
 
 def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:

@@ -1,8 +1,10 @@
 """Protections: each a frozen dataclass with its paper's defaults that perturbs canvases in place."""
 
 from antidiffusion.recipes.advdm import AdvDM
-from antidiffusion.recipes.anti_diffusion import Alternation, AntiDiffusion
+from antidiffusion.recipes.alternation import Alternation
+from antidiffusion.recipes.anti_diffusion import AntiDiffusion
 from antidiffusion.recipes.anti_dreambooth import ASPL, FSMG
+from antidiffusion.recipes.attention import Attention
 from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Recipe, Trace, posteriors
 from antidiffusion.recipes.diffusion_guard import DiffusionGuard
 from antidiffusion.recipes.mist import Mist
@@ -24,6 +26,7 @@ __all__ = [
     "AdvDM",
     "Alternation",
     "AntiDiffusion",
+    "Attention",
     "DiffusionGuard",
     "Mist",
     "OfficialAntiDiffusion",
@@ -52,6 +55,7 @@ RECIPES: dict[str, Recipe] = {
     "aspl": ASPL(),
     "simac": SimAC(),
     "diffusion-guard": DiffusionGuard(),
+    "attention": Attention(),
 }
 
 PRESETS: dict[str, AntiDiffusion] = {

@@ -10,6 +10,7 @@ from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
+from antidiffusion.recipes.ascent import project
 from antidiffusion.recipes.base import PERTURBATION, Trace
 
 
@@ -27,6 +28,6 @@ class RandomSign:
         for canvas in canvases:
             signs = torch.randint(2, canvas.delta.shape, generator=generator, device=generator.device) * 2 - 1
             canvas.delta.copy_(signs * self.budget)
-            budget.project_(canvas.delta, canvas.clean)
+            project(canvas, budget)
         trace.run(PERTURBATION, [0.0])
         return trace
