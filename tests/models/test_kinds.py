@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import model_skeletons as skeletons
 import pytest
-import skeletons
-from test_weights import SENTENCE
+from model_skeletons import SENTENCE
 
 from antidiffusion.models.families import FAMILIES, STRAIGHT, VARIANCE_PRESERVING
 from antidiffusion.models.headers import WeightsError

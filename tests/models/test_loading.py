@@ -10,8 +10,8 @@ import sd_layout
 import torch
 import transformer_layout
 from conftest import TOKENIZER, Checkpoint, build_pipeline
+from model_skeletons import SENTENCE
 from safetensors.torch import load_file, save_file
-from test_weights import SENTENCE
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError
