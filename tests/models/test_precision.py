@@ -1,6 +1,5 @@
 import pytest
 import torch
-from antidiffusion.objectives.semantic import DenoisingSemantic
 from conftest import Checkpoint
 from torch import Generator, Tensor
 

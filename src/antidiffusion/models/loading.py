@@ -94,8 +94,8 @@ def trial(surrogate: Surrogate) -> None:
         WeightsError: If an answer has another shape than its question, or is no number.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 3, surrogate.multiple, surrogate.multiple, generator=generator).to(surrogate.device)
     try:
+        x = torch.rand(1, 3, surrogate.multiple, surrogate.multiple, generator=generator).to(surrogate.device)
         z = surrogate.encode(x, generator)
         embedding = surrogate.embed([""])
         embedding = replace(embedding, tokens=embedding.tokens[:, :8])  # T5 gives 512 of them
