@@ -146,8 +146,9 @@ def load_surrogate(
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
+        how: dict[str, Any] = {"full_tuning": full_tuning, "low_memory": low_memory, "config": config}
         wanted = load_protector if encoders else load
-        surrogate = wanted(model, device=device, dtype=dtype.value, full_tuning=full_tuning, config=config)
+        surrogate = wanted(model, device=device, dtype=dtype.value, **how)
     gc.freeze()  # all that lives to the end: the last collection would take longer than loading mini
     return surrogate
 
