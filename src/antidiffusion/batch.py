@@ -117,7 +117,7 @@ def run(
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
-    mask: Path | None = None,
+    mask: Picture | None = None,
     luma: bool = False,
     low_memory: bool = False,
     overwrite: bool = False,

@@ -69,6 +69,7 @@ def protect(
     """Protect pictures; writes lossless copies and a report card (JSON) beside each."""
     with usage():
         from antidiffusion.batch import Job, plan, run
+        from antidiffusion.pictures.picture import Picture
 
         if quick and strong:
             raise ValueError("expected --quick or --strong, got both; leave one out")
@@ -83,6 +84,7 @@ def protect(
         if dry_run and not hasattr(chosen, "counts"):
             raise ValueError(f"expected --dry-run with anti-diffusion or official, got {recipe}; leave it out")
         jobs = plan(inputs, output)
+        allowed = None if mask is None else Picture.read(mask)
         full_tuning = recipe == "official" or tuning is Tuning.full
         surrogate = shared.load_surrogate(
             model, model_config, device, dtype, full_tuning=full_tuning, low_memory=low_memory
@@ -107,7 +109,7 @@ def protect(
             return update
 
         how: dict[str, Any] = {"seed": seed, "together": together, "side": side, "overwrite": overwrite}
-        how |= {"mask": mask, "luma": luma, "low_memory": low_memory}
+        how |= {"mask": allowed, "luma": luma, "low_memory": low_memory}
         try:
             for outcome in run(jobs, chosen, surrogate, progress=progress, **how):
                 if outcome.card is None:
