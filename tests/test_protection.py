@@ -147,12 +147,12 @@ def test_the_seed_decides_the_bytes(tmp_path: Path, tiny: Surrogate, recipe: Rec
 
 
 def test_a_picture_alone_and_among_others(tiny: Surrogate) -> None:
-    before = {key: value.clone() for key, value in tiny.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in tiny.denoiser.state_dict().items()}
     first, second = picture(seed=1), picture(height=100, seed=2)
     among = protect([first, second], WHOLE, surrogate=tiny)
     (alone,) = protect([second], WHOLE, surrogate=tiny)
     assert (among[1].picture.pixels == alone.picture.pixels).all()
-    assert all(torch.equal(before[key], value) for key, value in tiny.unet.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in tiny.denoiser.state_dict().items())
 
 
 def test_together_is_joint(tiny: Surrogate) -> None:
@@ -292,7 +292,7 @@ def test_save_never_overwrites(tmp_path: Path, tiny: Surrogate, taken: str) -> N
 def test_no_picture_without_its_card(tmp_path: Path, tiny: Surrogate) -> None:
     (protected,) = protect([picture()], RandomSign(), surrogate=tiny)
     (tmp_path / "out.png.json").mkdir()
-    with pytest.raises(PictureError, match="expected a writable place"):
+    with pytest.raises(PictureError, match="expected a file's name, got a directory's"):
         protected.save(tmp_path / "out.png", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png.json"]
 
