@@ -22,7 +22,6 @@ import numpy as np
 import shapes
 import torch
 import torch.nn.functional as F
-from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +39,9 @@ from antidiffusion.recipes import (
     Recipe,
     posteriors,
 )
+from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 from antidiffusion.recipes.ascent import gradient
+from antidiffusion.recipes.official import Official
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -80,11 +81,7 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     embedding = surrogate.embed([""])
     official = isinstance(recipe, OfficialAntiDiffusion)
     objective: Any = (
-        Official(surrogate, embedding, recipe.sdl_weight)
-        if official
-        else DenoisingSemantic(
-            surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.noise_weight, recipe.clean_weight
-        )
+        Official(surrogate, embedding, recipe.sdl_weight) if official else recipe.objective(surrogate, embedding, x)
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 

@@ -94,8 +94,8 @@ def main() -> None:
         canvases = [Canvas(picture.pixels, picture.pixels.shape[:2]) for picture in pictures]
         for canvas in canvases:  # the gradient is zero at the clean picture itself
             canvas.delta.copy_(torch.randint(2, canvas.delta.shape, generator=generator) * 2 - 1)
-        budget, step = Linf(radius), {"steps": 40, "step_size": radius / 8}
-        for _ in ascend([LatentShift(surrogate, x)], [canvases], budget, generator=generator, **step):
+        sizes = [radius / 8] * 40
+        for _ in ascend([LatentShift(surrogate, x)], [canvases], Linf(radius), sizes=sizes, generator=generator):
             pass
         attacked = torch.cat([canvas.view() for canvas in canvases])
         signs = (torch.randint(2, x.shape, generator=generator) * 2 - 1) * radius / 255

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformer_layout
 from command_line import draw
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
@@ -147,6 +148,18 @@ def surrogate(checkpoint: Checkpoint) -> Surrogate:
     return Surrogate.from_pretrained(str(checkpoint.folder))
 
 
+@pytest.fixture(scope="session", params=transformer_layout.ARCHITECTURES)
+def joint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surrogate:
+    """Every joint transformer in turn, from its folder, in float32."""
+    return Surrogate.from_pretrained(str(write_joint(request.param, tmp_path_factory.mktemp("joint"))))
+
+
+def write_joint(name: str, root: Path) -> Path:
+    """Save a joint transformer as a folder."""
+    transformer_layout.build_pipeline(name, TOKENIZER).save_pretrained(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """One checkpoint for tests of what all have in common."""
@@ -188,6 +201,8 @@ def x() -> torch.Tensor:
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every connection and every function that asks the hub fail."""
     import huggingface_hub
+
+    assert huggingface_hub.hf_hub_download  # its names are imported when they are first asked for
 
     def blocked(*arguments: object, **options: object) -> None:
         raise AssertionError(f"the network was asked for {arguments}")

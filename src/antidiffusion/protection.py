@@ -140,11 +140,8 @@ def protect(
     read = [picture if isinstance(picture, Picture) else Picture.read(picture) for picture in pictures]
     where = Where(None if mask is None else white(mask), luma)
     groups = [read] if together else [[picture] for picture in read]
-    results = []
-    for group in groups:
-        with lean(surrogate) if low_memory else nullcontext():
-            results += _protect_group(group, recipe, surrogate, seed, side, where, progress)
-    return results
+    how: dict[str, Any] = {"seed": seed, "side": side, "where": where, "low_memory": low_memory, "progress": progress}
+    return [protected for group in groups for protected in _protect_group(group, recipe, surrogate, **how)]
 
 
 @dataclass(frozen=True)
@@ -170,9 +167,11 @@ def _protect_group(
     pictures: Sequence[Picture],
     recipe: Recipe,
     surrogate: Surrogate,
+    *,
     seed: int,
     side: int | None,
     where: Where,
+    low_memory: bool,
     progress: Progress,
 ) -> list[Protected]:
     begun = time.perf_counter()
@@ -182,7 +181,8 @@ def _protect_group(
         height, width, _ = picture.pixels.shape
         size = view_size(height, width, side or surrogate.size, surrogate.multiple)
         canvases.append(Canvas(picture.pixels, size, surrogate.device, mask=where.mask, luma=where.luma))
-    trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
+    with lean(surrogate) if low_memory else nullcontext():
+        trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - begun
     results = []
     for picture, canvas in zip(pictures, canvases, strict=True):

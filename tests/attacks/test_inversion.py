@@ -28,7 +28,7 @@ def test_equals_diffusers(surrogate: Surrogate, x: Tensor) -> None:
     z, embedding = latents(x, surrogate), surrogate.embed([PROMPT])
     surrogate.scheduler.set_timesteps(steps)
     # Its set_timesteps refuses "linspace", which SDXL's scheduler has here; the steps are then the forward scheduler's.
-    theirs = DDIMInverseScheduler.from_config(surrogate.scheduler.config, timestep_spacing="leading")
+    theirs = DDIMInverseScheduler.from_config(dict(surrogate.schedule.scheduler), timestep_spacing="leading")
     theirs.set_timesteps(steps)
     assert torch.equal(theirs.timesteps, surrogate.scheduler.timesteps.flip(0)) or len(surrogate.tokenizers) == 2
     expected = [z]

@@ -27,7 +27,7 @@ def forward(surrogate: Surrogate, height: int = 8, width: int = 8, batch: int = 
 
 
 def test_recording_does_not_change_the_answer(surrogate: Surrogate) -> None:
-    unet = surrogate.unet
+    unet = surrogate.denoiser
     fused = forward(surrogate)
     with record_attention(unet, [name for name in unet.attn_processors if ".attn2." in name]) as maps:
         recorded = forward(surrogate)
@@ -37,8 +37,8 @@ def test_recording_does_not_change_the_answer(surrogate: Surrogate) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 16), (24, 8)])
 def test_maps_are_distributions_over_the_tokens(surrogate: Surrogate, height: int, width: int) -> None:
-    layers = coarsest_layers(surrogate.unet)
-    with record_attention(surrogate.unet, layers) as maps:
+    layers = coarsest_layers(surrogate.denoiser)
+    with record_attention(surrogate.denoiser, layers) as maps:
         forward(surrogate, height, width)
     positions, window = height // 4 * width // 4, surrogate.tokenizers[0].model_max_length
     assert len(maps) == len(layers)
@@ -52,39 +52,39 @@ def test_maps_are_distributions_over_the_tokens(surrogate: Surrogate, height: in
 
 
 def test_the_coarsest_layers_have_a_quarter_of_the_latent_s_side(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
-    layers = coarsest_layers(surrogate.unet)
+    layers = coarsest_layers(surrogate.denoiser)
     prefixes = PREFIXES.get(checkpoint.name, PREFIXES["sd15"])
-    assert layers == cross_attention_layers(surrogate.unet, prefixes)
+    assert layers == cross_attention_layers(surrogate.denoiser, prefixes)
     assert len(layers) == COUNTS.get(checkpoint.name, COUNTS["sd15"])
 
 
 def test_the_mini_model_s_coarsest_layers_have_half_the_latent_s_side(mini: Surrogate) -> None:
-    layers = coarsest_layers(mini.unet)
+    layers = coarsest_layers(mini.denoiser)
     assert {name[: name.index(".attentions")] for name in layers} == {"down_blocks.1", "up_blocks.1"}
-    with record_attention(mini.unet, layers) as maps:
+    with record_attention(mini.denoiser, layers) as maps:
         forward(mini, 16, 24, batch=1)
     assert len(maps) == len(layers) == 3 and {layer.shape[2] for layer in maps} == {8 * 12}
 
 
 def test_only_the_positions_asked_for_are_recorded(tiny: Surrogate) -> None:
     fused = forward(tiny)
-    with record_attention(tiny.unet, cross_attention_layers(tiny.unet), positions=16) as maps:
+    with record_attention(tiny.denoiser, cross_attention_layers(tiny.denoiser), positions=16) as maps:
         recorded = forward(tiny)
     assert {layer.shape[2] for layer in maps} == {16} and len(maps) == 2 + 3
     assert torch.allclose(fused, recorded, atol=1e-5)
 
 
 def test_processors_come_back_after_an_error(tiny: Surrogate) -> None:
-    before = tiny.unet.attn_processors
-    with pytest.raises(RuntimeError, match="stop"), record_attention(tiny.unet, coarsest_layers(tiny.unet)):
-        assert tiny.unet.attn_processors != before
+    before = tiny.denoiser.attn_processors
+    with pytest.raises(RuntimeError, match="stop"), record_attention(tiny.denoiser, coarsest_layers(tiny.denoiser)):
+        assert tiny.denoiser.attn_processors != before
         raise RuntimeError("stop")
-    assert all(value is before[name] for name, value in tiny.unet.attn_processors.items())
+    assert all(value is before[name] for name, value in tiny.denoiser.attn_processors.items())
 
 
 @pytest.mark.parametrize("processor", [AttentionProcessor(), EditingProcessor(lambda maps: maps), SharingProcessor(2)])
 def test_processors_that_change_nothing(surrogate: Surrogate, processor: AttentionProcessor) -> None:
-    fused, unet = forward(surrogate), surrogate.unet
+    fused, unet = forward(surrogate), surrogate.denoiser
     with processed(unet, unet.attn_processors.keys(), processor):
         same = forward(surrogate)
     assert torch.allclose(fused, same, atol=1e-5)
@@ -110,8 +110,8 @@ def test_shared_keys_and_values_are_those_of_the_first_entries() -> None:
 
 def test_self_attention_layers_are_in_the_order_in_which_they_run(surrogate: Surrogate) -> None:
     order: list[str] = []
-    modules = dict(surrogate.unet.named_modules())
-    layers = self_attention_layers(surrogate.unet)
+    modules = dict(surrogate.denoiser.named_modules())
+    layers = self_attention_layers(surrogate.denoiser)
     hooks = [
         modules[name.removesuffix(".processor")].register_forward_hook(lambda *_, name=name: order.append(name))
         for name in layers
@@ -119,24 +119,24 @@ def test_self_attention_layers_are_in_the_order_in_which_they_run(surrogate: Sur
     forward(surrogate)
     for hook in hooks:
         hook.remove()
-    assert layers == order and len(layers) == sum(".attn1." in name for name in surrogate.unet.attn_processors)
+    assert layers == order and len(layers) == sum(".attn1." in name for name in surrogate.denoiser.attn_processors)
 
 
 def test_nested_blocks_keep_each_other_s_layers(tiny: Surrogate) -> None:
-    outer, inner, before = AttentionProcessor(), AttentionProcessor(), tiny.unet.attn_processors
-    cross, selves = cross_attention_layers(tiny.unet), self_attention_layers(tiny.unet)
-    with processed(tiny.unet, cross, outer):
-        with processed(tiny.unet, selves, inner):
-            now = tiny.unet.attn_processors
+    outer, inner, before = AttentionProcessor(), AttentionProcessor(), tiny.denoiser.attn_processors
+    cross, selves = cross_attention_layers(tiny.denoiser), self_attention_layers(tiny.denoiser)
+    with processed(tiny.denoiser, cross, outer):
+        with processed(tiny.denoiser, selves, inner):
+            now = tiny.denoiser.attn_processors
             assert all(now[name] is outer for name in cross) and all(now[name] is inner for name in selves)
-        assert all(tiny.unet.attn_processors[name] is before[name] for name in selves)
-        assert all(tiny.unet.attn_processors[name] is outer for name in cross)
-    assert all(value is before[name] for name, value in tiny.unet.attn_processors.items())
+        assert all(tiny.denoiser.attn_processors[name] is before[name] for name in selves)
+        assert all(tiny.denoiser.attn_processors[name] is outer for name in cross)
+    assert all(value is before[name] for name, value in tiny.denoiser.attn_processors.items())
 
 
 def test_maps_carry_gradients_to_the_tokens(tiny: Surrogate) -> None:
     tokens = tiny.embed([""]).tokens.requires_grad_()
-    with record_attention(tiny.unet, coarsest_layers(tiny.unet)) as maps:
+    with record_attention(tiny.denoiser, coarsest_layers(tiny.denoiser)) as maps:
         tiny.predict(torch.ones(1, 4, 8, 8), torch.tensor([10]), Embedding(tokens))
     (slope,) = torch.autograd.grad(mean_map(maps)[..., 0].sum(), tokens)
     assert slope.isfinite().all() and slope.abs().max() > 0
@@ -145,7 +145,7 @@ def test_maps_carry_gradients_to_the_tokens(tiny: Surrogate) -> None:
 def test_errors_name_the_remedy(tiny: Surrogate) -> None:
     with pytest.raises(ValueError, match=r"expected at least one attention map, got none; name layers"):
         mean_map([])
-    selves = [name for name in tiny.unet.attn_processors if ".attn1." in name]
+    selves = [name for name in tiny.denoiser.attn_processors if ".attn1." in name]
     named = pytest.raises(ValueError, match=r"got self-attention; record layers named attn2")
-    with named, record_attention(tiny.unet, selves):
+    with named, record_attention(tiny.denoiser, selves):
         forward(tiny)

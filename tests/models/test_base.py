@@ -1,7 +1,6 @@
 import copy
 import gc
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from antidiffusion.models.base import SUPPORTED, Embedding, NoiseSchedule, Surrogate
-from antidiffusion.models.loading import load_parts
+from antidiffusion.models.kinds import Kind, classify
+from antidiffusion.models.weights import Location
 
 WINDOW = 32
 ANGLES = torch.linspace(0.01, 1.55, 50)
@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def width(surrogate: Surrogate) -> int:
-    return surrogate.unet.config.cross_attention_dim
+    return surrogate.denoiser.config.cross_attention_dim
 
 
 def test_both_layouts_hold_the_same_model(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
@@ -47,11 +47,11 @@ def test_both_layouts_hold_the_same_model(checkpoint: Checkpoint, surrogate: Sur
 def test_parts_are_loaded_without_garbage_collection(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     collected: list[bool] = []
 
-    def load(*arguments: Any) -> dict[str, Any]:
+    def noting(location: Location) -> Kind:
         collected.append(gc.isenabled())
-        return load_parts(*arguments)
+        return classify(location)
 
-    monkeypatch.setattr("antidiffusion.models.loading.load_parts", load)
+    monkeypatch.setattr("antidiffusion.models.loading.classify", noting)
     Surrogate.from_pretrained(str(checkpoint.folder))
     assert collected == [False] and gc.isenabled()
 
@@ -100,7 +100,7 @@ def test_shapes(surrogate: Surrogate, generator: torch.Generator, height: int, w
 def test_a_protection_step(checkpoint: Checkpoint, generator: torch.Generator, dtype: torch.dtype) -> None:
     surrogate = Surrogate.from_pretrained(str(checkpoint.folder), dtype=dtype)
     upcast = dtype == torch.float16 and checkpoint.name == "sdxl"
-    assert surrogate.dtype == dtype and {p.dtype for p in surrogate.unet.parameters()} == {dtype}
+    assert surrogate.dtype == dtype and {p.dtype for p in surrogate.denoiser.parameters()} == {dtype}
     assert {p.dtype for p in surrogate.vae.parameters()} == {torch.float32 if upcast else dtype}
     assert {p.dtype for encoder in surrogate.text_encoders for p in encoder.parameters()} == {dtype}
     assert not any(p.requires_grad or module.training for module in surrogate.modules for p in module.parameters())
@@ -129,7 +129,7 @@ def test_autocast_computes_in_half_precision_with_float32_weights(checkpoint: Ch
     for autocast in (None, torch.bfloat16):
         surrogate = Surrogate.from_pretrained(str(checkpoint.folder), autocast=autocast)
         seen = set[torch.dtype]()
-        for part in (surrogate.vae.encoder.conv_in, surrogate.unet.conv_in, surrogate.vae.decoder.conv_in):
+        for part in (surrogate.vae.encoder.conv_in, surrogate.denoiser.conv_in, surrogate.vae.decoder.conv_in):
             part.register_forward_hook(lambda part, given, answer, seen=seen: seen.add(answer.dtype))
         leaf, generator = x.clone().requires_grad_(), torch.Generator().manual_seed(0)
         loss = DenoisingSemantic(surrogate, surrogate.embed([""]), weight=0)(leaf, generator)
@@ -212,10 +212,10 @@ def test_the_mini_model_gives_a_picture_back(mini: Surrogate, pixels, generator:
 
 
 def test_the_hash_tells_models_and_precisions_apart(mini: Surrogate, tiny: Surrogate, sd15: Checkpoint) -> None:
-    changed = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    changed = replace(tiny, denoiser=copy.deepcopy(tiny.denoiser))
     assert changed.sha256 == tiny.sha256
-    nudged = replace(tiny, unet=copy.deepcopy(tiny.unet))
-    nudged.unet.conv_in.bias[0] += 1e-3
+    nudged = replace(tiny, denoiser=copy.deepcopy(tiny.denoiser))
+    nudged.denoiser.conv_in.bias[0] += 1e-3
     half = Surrogate.from_pretrained(str(sd15.folder), dtype=torch.bfloat16)
     assert len({mini.sha256, tiny.sha256, nudged.sha256, half.sha256}) == 4
 
@@ -234,14 +234,14 @@ def test_low_memory_changes_memory_only(tiny: Surrogate, x: torch.Tensor, sdl: s
     with tiny.low_memory():
         recomputed, less = slope()
         assert sum(p.numel() for p in (*tiny.text_encoders[0].parameters(), *tiny.vae.decoder.parameters())) == 0
-        flags = [getattr(module, "gradient_checkpointing", True) for module in tiny.unet.modules()]
+        flags = [getattr(module, "gradient_checkpointing", True) for module in tiny.denoiser.modules()]
     assert all(flags)  # recording attention puts them back
     torch.testing.assert_close(recomputed, expected)
     assert less < everything / 2
     with pytest.raises(RuntimeError, match="stop"), tiny.low_memory():
-        assert tiny.unet.is_gradient_checkpointing
+        assert tiny.denoiser.is_gradient_checkpointing
         raise RuntimeError("stop")
-    assert not tiny.unet.is_gradient_checkpointing
+    assert not tiny.denoiser.is_gradient_checkpointing
     assert not any("forward" in vars(module) for module in tiny.vae.modules())
     assert replace(tiny).sha256 == before
     assert torch.equal(tiny.embed([""]).tokens, embedding.tokens)
@@ -292,12 +292,12 @@ def test_offload_moves_a_module_only_while_it_is_called(surrogate: Surrogate, x:
         assert {part for part, place in places.items() if place == device} == {module} & places.keys()
 
     with torch.no_grad(), surrogate.offload():
-        hooks = [module.register_forward_pre_hook(visit) for module in (surrogate.unet, *places)]
+        hooks = [module.register_forward_pre_hook(visit) for module in (surrogate.denoiser, *places)]
         embedding = surrogate.embed(["a hat"])
         surrogate.decode(surrogate.posterior(x).mean)
         surrogate.predict(z, t, embedding)
         assert set(places.values()) == {torch.device("cpu")}
-    assert called == {surrogate.unet, *places}
+    assert called == {surrogate.denoiser, *places}
     assert set(places.values()) == {device}
     for hook in hooks:
         hook.remove()
@@ -334,6 +334,6 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(surrogate: Surr
 
 
 def test_convolutions_are_channels_last(tiny: Surrogate) -> None:
-    for module in (tiny.unet, tiny.vae):
+    for module in (tiny.denoiser, tiny.vae):
         weights = [weight for weight in module.parameters() if weight.ndim == 4]
         assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)

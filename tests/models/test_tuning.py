@@ -43,7 +43,7 @@ def random_latents(count: int = 2) -> Tensor:
 
 
 def weights(surrogate: Surrogate) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in surrogate.unet.state_dict().items()}
+    return {name: value.clone() for name, value in surrogate.denoiser.state_dict().items()}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -115,7 +115,7 @@ def test_the_weights_come_back(tiny: Surrogate, method: str, fails: bool) -> Non
     except KeyboardInterrupt:
         assert fails
     assert same(before, weights(tiny)) and torch.equal(tiny.predict(*arguments), answer)
-    assert clean(list(tiny.unet.parameters()))
+    assert clean(list(tiny.denoiser.parameters()))
 
 
 def test_adapters_start_at_zero_in_float32_and_depend_on_no_global_seed(sd15) -> None:
@@ -139,7 +139,7 @@ def test_adapters_start_at_zero_in_float32_and_depend_on_no_global_seed(sd15) ->
 
 def test_methods(tiny: Surrogate, sd15) -> None:
     with tunable(tiny, "auto") as (parameters, learning_rate):
-        assert len(parameters) == len(list(tiny.unet.parameters())) and learning_rate == tiny.learning_rate
+        assert len(parameters) == len(list(tiny.denoiser.parameters())) and learning_rate == tiny.learning_rate
     unknown = pytest.raises(ValueError, match=r"expected full, lora or auto tuning, got 'dreambooth'")
     with unknown, tunable(tiny, "dreambooth"):
         pass
@@ -164,7 +164,7 @@ def test_denoising_keeps_the_activations_of_one_batch_only(tiny: Surrogate, batc
     embedding.tokens.requires_grad_()
     loss = denoising(tiny, [constant(random_latents()) for _ in range(batches)], embedding)
     kept: list[weakref.ref[Tensor]] = []
-    norm = tiny.unet.conv_norm_out  # whose backward pass needs its input
+    norm = tiny.denoiser.conv_norm_out  # whose backward pass needs its input
     with norm.register_forward_pre_hook(lambda module, inputs: kept.append(weakref.ref(inputs[0]))):
         value = loss(Generator().manual_seed(0))
         alive = [tensor() is not None for tensor in kept]

@@ -16,11 +16,11 @@ from PIL import Image
 from reference_official import attention_loss, cross_attention, protect_official
 from torch import Tensor
 
-from antidiffusion.card import effect
 from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
+from antidiffusion.protection import effect
 from antidiffusion.recipes import (
     PERTURBATION,
     PROMPT,

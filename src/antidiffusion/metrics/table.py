@@ -45,6 +45,9 @@ METRICS: dict[str, Metric] = {
     "linf": Metric(-1, 0, largest=True),
     "psnr": Metric(1, 1, axis="PSNR in dB"),
     "ssim": Metric(1),
+    "delta_e": Metric(-1, 2, axis="visibility: S-CIELAB, mean"),
+    "delta_e_95": Metric(-1, 2),
+    "delta_e_99": Metric(-1, 2),
     "lpips": Metric(-1, backend="lpips"),
     "loss_ratio": Metric(1, device="model"),
     # of an edit

@@ -26,7 +26,7 @@ LARGEST_BATCH = 512 * 512  # pixels: a larger one costs memory and saves no time
 class Objective(Protocol):
     """What ascent raises: maps pictures `x: (B, 3, h, w)` in [0, 1] to one loss a picture, `(B,)`."""
 
-    def __call__(self, x: Tensor, generator: Generator) -> Tensor: ...
+    def __call__(self, x: Tensor, generator: Generator, /) -> Tensor: ...
 
 
 def batches(canvases: Sequence[Canvas]) -> list[list[Canvas]]:
