@@ -294,7 +294,7 @@ def test_save_never_overwrites(tmp_path: Path, tiny: Surrogate, taken: str) -> N
 def test_no_picture_without_its_card(tmp_path: Path, tiny: Surrogate) -> None:
     (protected,) = protect([picture()], RandomSign(), surrogate=tiny)
     (tmp_path / "out.png.json").mkdir()
-    with pytest.raises(PictureError, match="expected a writable place"):
+    with pytest.raises(PictureError, match="expected a file's name, got a directory's"):
         protected.save(tmp_path / "out.png", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png.json"]
 

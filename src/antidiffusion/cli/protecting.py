@@ -140,7 +140,7 @@ def protect(
         if dry_run and not hasattr(chosen, "counts"):
             raise ValueError(f"expected --dry-run with anti-diffusion, latents or official, got {recipe}; leave it out")
         suffix = ".jpg" if jpeg else f".{format_}" if format_ else None
-        with streams(inputs, output, suffix) as (sources, destination, pour):
+        with streams(inputs, output, suffix, teller) as (sources, destination, pour):
             planned = plan(sources, destination, suffix=suffix)
             if mask is not None:
                 Picture.read(mask)  # better now than after the first picture
