@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antidiffusion.metrics.pictures import check_pictures
+from antidiffusion.pictures.tensors import check_pictures
 
 PIXELS_PER_DEGREE = 40.0
 """Of a screen of 96 dots an inch at 60 cm, one pixel of the picture on one of the screen: 39.6."""
