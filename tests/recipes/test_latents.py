@@ -1,6 +1,5 @@
 """The recipe of latent spaces: it moves latents in all of them, more than noise, through resize and JPEG."""
 
-
 import numpy as np
 import pytest
 import torch
