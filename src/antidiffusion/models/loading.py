@@ -9,6 +9,7 @@ import torch
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError, first_line, read_json
 from antidiffusion.models.kinds import Kind, classify
+from antidiffusion.models.latents import LatentSpaces, load_latents, names_latents
 from antidiffusion.models.precision import device_of, dtypes_of
 from antidiffusion.models.streaming import stream
 from antidiffusion.models.weights import locate
@@ -47,6 +48,11 @@ def load(
             or no number.
         ValueError: If there is no such device or dtype.
     """
+    if names_latents(model):
+        raise WeightsError(
+            f"expected a whole model, got {model}, which has encoders only: pictures can be protected with it, not "
+            "drawn, edited or tuned to; name another model"
+        )
     where = device_of(device)
     with uncollected():
         location = locate(model, config=config, offline=offline)
@@ -61,6 +67,14 @@ def load(
             stream(surrogate, where)
         trial(surrogate.to(where))
     return surrogate
+
+
+def load_protector(model: str, *, device: str | torch.device = "auto", **options: Any) -> Surrogate | LatentSpaces:
+    """Load what pictures can be protected with: a model, see `load`, or latent spaces, see `load_latents`."""
+    if not names_latents(model):
+        return load(model, device=device, **options)
+    with uncollected():
+        return load_latents(model, device=device_of(device), offline=options.get("offline", False))
 
 
 def _parts(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
@@ -86,8 +100,8 @@ def trial(surrogate: Surrogate) -> None:
         WeightsError: If an answer has another shape than its question, or is no number.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 3, surrogate.multiple, surrogate.multiple, generator=generator).to(surrogate.device)
     try:
+        x = torch.rand(1, 3, surrogate.multiple, surrogate.multiple, generator=generator).to(surrogate.device)
         z = surrogate.encode(x, generator)
         embedding = surrogate.embed([""])
         embedding = replace(embedding, tokens=embedding.tokens[:, :8])  # T5 gives 512 of them
