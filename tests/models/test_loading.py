@@ -9,8 +9,9 @@ import pytest
 import sd_layout
 import torch
 import transformer_layout
+from command_line import cli
 from conftest import TOKENIZER, Checkpoint, build_pipeline
-from model_skeletons import SENTENCE
+from model_skeletons import SENTENCE, write_folder
 from safetensors.torch import load_file, save_file
 
 from antidiffusion.models.base import Surrogate
@@ -291,6 +292,15 @@ def original_sd3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             halves = value.chunk(2)[::-1] if swapped else [value]  # the original has the shift first
             found[sd_layout.rename(name, names)] = torch.cat(list(halves))
     return {f"model.diffusion_model.{name}": value.contiguous().clone() for name, value in found.items()}
+
+
+def test_the_command_refuses_a_model_before_a_picture_is_read(tmp_path: Path, no_network: None) -> None:
+    picture = tmp_path / "none.png"
+    picture.write_text("no picture")
+    refiner = write_folder(tmp_path / "refiner", "sdxl", {"": {"requires_aesthetics_score": True}})
+    run = cli("protect", picture, "--model", refiner)
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert "got a refiner" in run.err and "none.png" not in run.err
 
 
 def test_a_local_path_never_touches_the_network(checkpoint: Checkpoint, surrogate: Surrogate, no_network: None) -> None:
