@@ -19,6 +19,7 @@ from antidiffusion.attacks.purify import diffpure, gridpure, vae_round_trip
 from antidiffusion.attacks.tuned import Tuning
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.sampling import denoise, invert, sample, way_down
+from antidiffusion.models.sd3 import StableDiffusion3
 
 SOURCE, TARGET = "a photo of a person", "a photo of a person wearing a hat"
 TUNED = "a photo of sks person"
@@ -37,14 +38,20 @@ def test_inpainting_is_diffusers(joint: Surrogate, x: Tensor, mask: Tensor) -> N
     pipeline.set_progress_bar_config(disable=True)
     options: Any = {"strength": 0.6, "num_inference_steps": 5, "guidance_scale": joint.guidance, "output_type": "pt"}
     options |= {"image": x[:1], "mask_image": mask, "height": 64, "width": 64}
+    if three := isinstance(joint, StableDiffusion3):  # whose pipeline forgets the autoencoder's shift at the end
+        options["output_type"] = "latent"
     theirs = pipeline(TARGET, **options, generator=Generator().manual_seed(3)).images
+    theirs = joint.decode(theirs) if three else theirs
     ours = Inpaint(strength=0.6, steps=5)(x[:1], Prompts(TARGET, mask=mask), joint, 3)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sdedit", "inpaint", "diffedit", "masactrl"])
 def test_edits_follow_their_text_and_seed(joint: Surrogate, x: Tensor, mask: Tensor, name: str) -> None:
-    edit: Attack = replace(EDITS[name], steps=3)  # type: ignore[type-var]
+    options: Any = (
+        {"mask_threshold": 0.9, "maps": 2} if name == "diffedit" else {}
+    )  # these models hardly tell places apart
+    edit: Attack = replace(EDITS[name], steps=3, **options)  # type: ignore[type-var]
     first, again, other, hat = (
         edit(x, Prompts(text, SOURCE, mask), joint, seed)
         for text, seed in ((SOURCE, 1), (SOURCE, 1), (SOURCE, 2), ("a red hat", 1))
