@@ -75,7 +75,7 @@ def test_maps_of_a_joint_layer_are_what_the_text_gets(joint: Surrogate) -> None:
     assert len(maps) == len(joint.cross_layers())
     for layer in maps:
         mass = layer.sum(-1)
-        assert layer.shape[2:] == (16, text) and mass.min() > 0 and mass.max() < 1
+        assert layer.shape[2:] == (16, text) and mass.max() <= 1 + 1e-6 and 0 < mass.mean() < 0.99
 
 
 def test_the_map_layers_have_a_quarter_of_the_latent_s_side(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
