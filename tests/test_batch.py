@@ -263,7 +263,7 @@ def test_what_a_killed_run_left_is_cleared(photos: Path, tiny: Surrogate) -> Non
 
 
 def test_numbers_that_are_none(photos: Path, sd15: Any) -> None:
-    for part in ("unet", "vae"):
+    for part in ("denoiser", "vae"):
         broken = Surrogate.from_pretrained(str(sd15.folder))
         with torch.no_grad():
             next(getattr(broken, part).parameters())[0] = float("nan")
