@@ -32,9 +32,10 @@ def run(name: str, dry: bool) -> dict[str, float]:
     import torch
 
     from antidiffusion import Picture
+    from antidiffusion.card import peak_memory
     from antidiffusion.forecast import forecast
     from antidiffusion.process import give_back_freed_memory, keep_freed_memory
-    from antidiffusion.protection import peak_memory, protect
+    from antidiffusion.protection import protect
     from antidiffusion.recipes import PRESETS, RECIPES
 
     model, kind, *rest = name.split(", ")
@@ -69,7 +70,7 @@ def main() -> None:
     if options.here:
         print(json.dumps(run(options.here, options.dry)))
         return
-    from antidiffusion.protection import versions
+    from antidiffusion.card import versions
 
     path = HERE / "results" / "forecast.json"
     rows: dict[str, Any] = json.loads(path.read_text())["said, then measured"] if path.exists() else {}

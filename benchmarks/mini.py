@@ -25,12 +25,12 @@ from torch import Generator, Tensor
 from antidiffusion import Picture, Surrogate
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.sdedit import SDEdit
+from antidiffusion.card import versions
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.pictures.tensors import to_picture
-from antidiffusion.protection import versions
 from antidiffusion.recipes.ascent import ascend
 
 HERE = Path(__file__).parent

@@ -15,12 +15,14 @@ ROOT = Path(antidiffusion.__file__).parent
 LAYERS = [
     {"cli"},
     {"bench"},
-    {"batch", "demo", "forecast"},
+    {"batch", "demo", "folders", "forecast", "preview", "workers"},
     {"protection"},
+    {"card"},
     {"attacks", "recipes", "data"},
     {"metrics"},
     {"models"},
-    {"pictures", "process", "progress"},
+    {"pictures"},
+    {"failures", "process", "progress"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

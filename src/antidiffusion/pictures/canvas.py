@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antidiffusion.failures import expect_finite
 from antidiffusion.pictures.budget import Linf
 
 LONGEST = 4  # a view's side, in units of the model's: a longer panorama is squeezed rather than run out of memory
@@ -98,7 +99,12 @@ class Canvas:
         return (self.clean_view + self._down(self.delta)).clamp_(0, 1)
 
     def full_gradient(self, gradient: Tensor) -> Tensor:
-        """Carry a gradient at the view, `(1, 3, h, w)`, to the perturbation, `(1, C, H, W)`: the filter's transpose."""
+        """Carry a gradient at the view, `(1, 3, h, w)`, to the perturbation, `(1, C, H, W)`: the filter's transpose.
+
+        Raises:
+            NotFiniteError: If the gradient has an entry that is no number, which has no sign.
+        """
+        expect_finite(gradient, "the gradient")
         if self.delta.shape[1] == 1:
             gradient = gradient.sum(1, keepdim=True)
         if tuple(self.clean.shape[-2:]) == self.size:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Posterior, Surrogate
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
@@ -40,8 +41,13 @@ class Trace:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, stage: str, values: Iterable[float]) -> None:
-        """Exhaust an iterator of losses and record them under the stage's name."""
+        """Exhaust an iterator of losses and record them under the stage's name.
+
+        Raises:
+            NotFiniteError: If a loss is no number.
+        """
         for value in values:
+            expect_finite(value, f"the loss of the {stage}")
             self.losses.setdefault(stage, []).append(value)
             self.progress(stage, sum(map(len, self.losses.values())), self.total)
 
