@@ -72,5 +72,3 @@ def test_latent_target_is_the_distance_of_the_means(tiny: Surrogate, x: Tensor, 
     expected = -(tiny.vae.config.scaling_factor * (mean - goal)).square().sum((1, 2, 3)).sqrt()
     torch.testing.assert_close(LatentTarget(tiny, target)(x, seeded()), expected)
     torch.testing.assert_close(LatentTarget(tiny, x)(x, seeded()), torch.zeros(2))
-
-
