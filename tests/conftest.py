@@ -18,6 +18,7 @@ from sd_layout import original_state, rename
 
 import antidiffusion.card
 import antidiffusion.cli.shared
+import antidiffusion.models.latents
 import antidiffusion.models.weights
 from antidiffusion.models.base import Surrogate
 
@@ -247,6 +248,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`here`, and whatever model is asked for, a tiny one is there already."""
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options, **named: tiny)
+    monkeypatch.setattr(antidiffusion.models.latents, "names_latents", lambda model: False)  # it is a whole one
     return here
 
 

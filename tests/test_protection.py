@@ -11,15 +11,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from latent_spaces import write as write_spaces
 from PIL import ExifTags, Image, ImageCms
 
 import antidiffusion.card
 from antidiffusion.card import HELD_OUT_PROMPT, effect
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import load_latents
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import Picture, PictureError
 from antidiffusion.protection import Protected, protect
-from antidiffusion.recipes import AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe, Trace
+from antidiffusion.recipes import AntiDiffusion, Latents, OfficialAntiDiffusion, RandomSign, Recipe, Trace
 
 CHEAP = AntiDiffusion(steps=1, rounds=0, prompt_steps=0)
 WALL = replace(CHEAP, step_size=100)  # one step against the wall
@@ -331,3 +333,16 @@ def test_twelve_megapixels(tmp_path: Path, tiny: Surrogate) -> None:
     card = protected.save(tmp_path / "out.png")
     gap = np.abs(decoded(tmp_path / "out.png") - decoded(tmp_path / "in.jpg")).max()
     assert card["budget"]["measured"] == gap == 8
+
+
+def test_latent_spaces_suffice_for_some_recipes_only(tmp_path: Path) -> None:
+    spaces = load_latents(str(write_spaces(tmp_path / "spaces", {"a": 4, "b": 16})), device=torch.device("cpu"))
+    picture = Picture(draw())
+    (protected,) = protect([picture], Latents(steps=8), surrogate=spaces, side=64, low_memory=True)
+    card = protected.save(tmp_path / "b.png")
+    assert 0 < card["budget"]["measured"] <= 8
+    moved, noise = card["effect"]["latent_shift"], card["effect"]["latent_shift_of_random_signs"]
+    assert moved.keys() == noise.keys() == {"a", "b"}
+    assert all(moved[name] > noise[name] > 0 for name in moved)
+    with pytest.raises(ValueError, match=r"a whole model for the recipe aspl, .* a recipe of random-sign, latents"):
+        protect([picture], "aspl", surrogate=spaces)

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_skeletons as skeletons
 import pytest
-import skeletons
 import torch
 from conftest import Checkpoint, write
+from model_skeletons import SENTENCE, write_header
 from safetensors.torch import load_file, save_file
-from skeletons import write_header
-from test_weights import SENTENCE
 
 from antidiffusion.models.families import FAMILIES
 from antidiffusion.models.headers import WeightsError, family_of, read_header, read_tensors, said, unused

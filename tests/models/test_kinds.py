@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import model_skeletons as skeletons
 import pytest
-import skeletons
-from test_weights import SENTENCE
+from model_skeletons import SENTENCE
 
 from antidiffusion.models.families import FAMILIES, STRAIGHT, VARIANCE_PRESERVING
 from antidiffusion.models.headers import WeightsError
@@ -173,6 +173,17 @@ def test_every_scheduler_of_the_list_is_one_of_diffusers(name: str, tmp_path: Pa
 def test_the_side_of_the_pictures_in_training(unet: Any, vae: Any, side: int, tmp_path: Path) -> None:
     changes = {"unet": {"sample_size": unet}, "vae": {"sample_size": vae}}
     assert classify(Location(skeletons.write_folder(tmp_path / "model", "sd", changes))).size == side
+
+
+def test_a_third_text_encoder_that_was_left_out(tmp_path: Path) -> None:
+    folder = skeletons.write_folder(tmp_path / "model", "sd3")
+    (folder / "text_encoder_3" / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="text_encoder_3"):
+        kind = classify(Location(folder))
+    assert "text_encoder_3" not in kind.configs and set(kind.tokenizers) == {"tokenizer", "tokenizer_2"}
+    (folder / "text_encoder_3" / "pytorch_model.bin").touch()  # there it is, in a format that could run code
+    with pytest.raises(WeightsError, match="run code"):
+        classify(Location(folder))
 
 
 def test_entries_that_a_scheduler_does_not_say_are_its_classs(tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import model_skeletons as skeletons
 import pytest
-import skeletons
 from conftest import Checkpoint
+from model_skeletons import SENTENCE
 
 from antidiffusion.models.headers import WeightsError
 from antidiffusion.models.weights import MOVED, Location, locate, variant, weight_files
-
-SENTENCE = r"^expected [^\n]+, got [^\n]+; [^\n]+$"  # expected, got, remedy
 
 
 @pytest.fixture

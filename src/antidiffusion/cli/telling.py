@@ -212,8 +212,6 @@ def summary(path: str, card: dict[str, Any]) -> str:
         return "undefined" if value is None else format(value, form)
 
     budget, effect, fidelity, cost = card["budget"], card["effect"], card["fidelity"], card["cost"]
-    before, after = (number(effect[f"denoising_loss_{name}"], ".4f") for name in ("before", "after"))
-    ratio = number(effect["denoising_loss_ratio"], ".2f")
     allowed = f"{budget['requested']:g}/255 allowed"
     if "allowed_as_jpeg" in budget:
         allowed += f", {budget['allowed_as_jpeg']:g}/255 as JPEG of quality {budget['jpeg_quality']}"
@@ -221,10 +219,23 @@ def summary(path: str, card: dict[str, Any]) -> str:
         printable(path),
         f"  budget     {budget['measured']}/255 measured on the written file, {allowed}",
         f"  fidelity   PSNR {number(fidelity['psnr'], '.1f')} dB, SSIM {number(fidelity['ssim'], '.3f')}",
-        f"  loss       {before} -> {after} ({ratio}x; fresh noise, prompt '{effect['prompt']}')",
-        f"  attention  {number(effect['attention_mass_moved'], '.1%')} of the mass moved",
+        *effects(effect, number),
         f"  cost       {cost['seconds']:.1f} s, {cost['peak_memory_mb']} MB peak",
         f"  recipe     {card['recipe']['name']}, seed {card['seed']}, model {card['model']['name']} "
         f"{card['model']['sha256'][:12]}",
     ]
     return "\n".join(lines + [f"  note       {printable(note)}" for note in card["picture"]["notes"]])
+
+
+def effects(effect: dict[str, Any], number: Callable[[float | None, str], str]) -> list[str]:
+    """Render what the model, or the latent spaces, make of the protected picture."""
+    if "latent_shift" in effect:
+        noise = effect["latent_shift_of_random_signs"]
+        moved = (f"{name} {value:.2f} ({noise[name]:.2f})" for name, value in effect["latent_shift"].items())
+        return [f"  latents    moved by this share of their variance (random signs): {', '.join(moved)}"]
+    before, after = (number(effect[f"denoising_loss_{name}"], ".4f") for name in ("before", "after"))
+    ratio = number(effect["denoising_loss_ratio"], ".2f")
+    return [
+        f"  loss       {before} -> {after} ({ratio}x; fresh noise, prompt '{effect['prompt']}')",
+        f"  attention  {number(effect['attention_mass_moved'], '.1%')} of the mass moved",
+    ]

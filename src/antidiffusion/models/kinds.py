@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from antidiffusion.models.headers import (
     unused,
     wrong_channels,
 )
-from antidiffusion.models.weights import Location, variant, weight_files
+from antidiffusion.models.weights import Location, has_weights, variant, weight_files
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # on a variance-preserving path
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -197,6 +198,10 @@ def classify(location: Location) -> Kind:
             f"{folder}; name another with --model-config"
         )
     present = _parts(index, row, folder)
+    for part in [part for part in row.optional if part in row.encoders and part in present]:
+        if not (header and header.find(row.held[part])) and not has_weights(folder / part):
+            warnings.warn(f"{folder} names a {part} and has none; the model does without, as it may", stacklevel=2)
+            present = [name for name in present if name not in (part, part.replace("text_encoder", "tokenizer"))]
     configs = {part: read_json(folder / part / "config.json") for part in present if not part.startswith("tokenizer")}
     for part, config in configs.items():
         _check_part(part, config, row, folder / part)

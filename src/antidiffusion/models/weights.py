@@ -113,6 +113,11 @@ def weight_files(part: Path) -> list[Path]:
     return shards
 
 
+def has_weights(part: Path) -> bool:
+    """Say whether there is any file of weights, in whatever format."""
+    return any(file.suffix in (".safetensors", *PICKLES) for file in part.glob("*"))
+
+
 def variant(part: Path) -> str | None:
     """Return the variant ("fp16", "bf16") of a part's weights, None for those without a name, which come first.
 

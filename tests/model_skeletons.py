@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SENTENCE = r"^expected [^\n]+, got [^\n]+; [^\n]+$"  # expected, got, remedy
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I64": 8}
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
