@@ -45,7 +45,7 @@ STARTUP = {
 def peak() -> float:
     import torch
 
-    from antidiffusion.protection import peak_memory
+    from antidiffusion.card import peak_memory
 
     return peak_memory(torch.device("cpu")) / 1e6
 
@@ -236,7 +236,7 @@ def main() -> None:
         return
     import torch
 
-    from antidiffusion.protection import versions
+    from antidiffusion.card import versions
 
     models = options.arguments or MODELS
     run = {

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.tuning import denoising, tunable
-from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes import (
     PERTURBATION,
@@ -40,7 +39,9 @@ from antidiffusion.recipes import (
     Recipe,
     posteriors,
 )
+from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 from antidiffusion.recipes.ascent import gradient
+from antidiffusion.recipes.official import Official
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -80,11 +81,7 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     embedding = surrogate.embed([""])
     official = isinstance(recipe, OfficialAntiDiffusion)
     objective: Any = (
-        Official(surrogate, embedding, recipe.sdl_weight)
-        if official
-        else DenoisingSemantic(
-            surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.noise_weight, recipe.clean_weight
-        )
+        Official(surrogate, embedding, recipe.sdl_weight) if official else recipe.objective(surrogate, embedding, x)
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 

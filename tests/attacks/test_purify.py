@@ -178,7 +178,7 @@ def test_a_model_that_knows_the_answer_gives_the_picture_back(
 
     def oracle(z_t: Tensor, t: Tensor, condition: object) -> Tensor:
         clean = torch.cat([purify._cut(z, size, origin) for origin in origins]) if z_t.shape != z.shape else z
-        signal, noise = (table[t].view(-1, 1, 1, 1) for table in (tiny.schedule.signal, tiny.schedule.noise))
+        signal, noise = (factor.view(-1, 1, 1, 1) for factor in tiny.schedule(t))
         return (z_t - signal * clean) / noise
 
     monkeypatch.setattr(tiny, "predict", oracle)
@@ -195,17 +195,17 @@ def test_the_reverse_process_has_the_marginals_and_the_memory_of_ddpm(
     seen: dict[int, Tensor] = {}
 
     def oracle(z_t: Tensor, t: Tensor, condition: object) -> Tensor:
-        signal, noise = (table[t].view(-1, 1, 1, 1) for table in (tiny.schedule.signal, tiny.schedule.noise))
+        signal, noise = (factor.view(-1, 1, 1, 1) for factor in tiny.schedule(t))
         seen[int(t[0])] = (z_t - signal * z) / noise
         return seen[int(t[0])]
 
     monkeypatch.setattr(tiny, "predict", oracle)
-    result = purify._renoise(z, 600, 6, purify.unconditional(tiny), tiny, Generator().manual_seed(0))
+    result = purify._renoise(z, 600, 6, tiny.unconditional(), tiny, Generator().manual_seed(0))
     torch.testing.assert_close(result, z, atol=1e-4, rtol=0)
     assert list(seen) == [600, 500, 400, 300, 200, 100]
     for n in seen.values():
         assert float(n.mean()) == pytest.approx(0, abs=0.02) and float(n.std()) == pytest.approx(1, rel=0.02)
-    signal, noise = tiny.schedule.signal.square(), tiny.schedule.noise.square()
+    signal, noise = (factor.square() for factor in tiny.schedule(torch.arange(1000)))
     for t, s in pairwise(seen):
         expected = math.sqrt(1 - float((1 - signal[t] / signal[s]) / noise[t]))
         assert float((seen[t] * seen[s]).mean()) == pytest.approx(expected, abs=0.02) and expected < 0.98

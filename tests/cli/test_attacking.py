@@ -9,6 +9,7 @@ from command_line import cli, draw
 from PIL import Image
 from torch import Tensor
 
+import antidiffusion.models.memory
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.cli import attacking
 from antidiffusion.models.base import Surrogate
@@ -89,13 +90,13 @@ def test_a_mask_of_another_size(loaded: Path) -> None:
 
 @pytest.mark.parametrize("method", TUNINGS)
 def test_attack(loaded: Path, tiny: Surrogate, method: str) -> None:
-    before = [parameter.clone() for parameter in tiny.unet.parameters()]
+    before = [parameter.clone() for parameter in tiny.denoiser.parameters()]
     run = cli("attack", method, "photos", *TUNE, "--sample", "a hat", "--sample", "a person", "--save", "weights")
     assert (run.code, run.out) == (0, "x.png\n"), run.err
     assert np.asarray(Image.open("x.png")).shape == (64, 128, 3)
     assert any(Path("weights").rglob("*.safetensors"))
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
-    assert all(torch.equal(*pair) for pair in zip(before, tiny.unet.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, tiny.denoiser.parameters(), strict=True))
     run = cli(
         "attack", method, "photos", *TUNE, "--sample", "a hat", "--sample", "a person", "-o", "y.png", "--low-memory"
     )
@@ -109,13 +110,13 @@ def spared(tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     @contextmanager
-    def offload(self: Surrogate) -> Iterator[None]:
+    def offload(surrogate: Surrogate) -> Iterator[None]:
         done.append("offload")
         yield
         done.append("back")
 
-    monkeypatch.setattr(Surrogate, "offload", offload)
-    monkeypatch.setattr(type(tiny.unet), "enable_gradient_checkpointing", lambda unet: done.append("checkpoint"))
+    monkeypatch.setattr(antidiffusion.models.memory, "offload", offload)
+    monkeypatch.setattr(type(tiny.denoiser), "enable_gradient_checkpointing", lambda unet: done.append("checkpoint"))
     return done
 
 

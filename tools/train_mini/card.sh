@@ -18,7 +18,7 @@ if [ -n "${WHEELS:-}" ] && [ ! -e "$RUN/site/done" ]; then
 fi
 export PYTHONPATH="$HERE/tools:$HERE/src:$RUN/site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 cd "$HERE" || exit
-alive() { [ -e "$RUN/pid" ] && kill -0 "$(cat "$RUN/pid")" 2>/dev/null; }
+alive() { [ -e "$RUN/pid" ] && grep -qvs ') Z ' "/proc/$(cat "$RUN/pid")/stat"; } # Z: killed, and nobody asked why
 if [ ! -e "$RUN/finished" ] && ! alive; then
   setsid "$PYTHON" -m train_mini all --out "$RUN" --assets "$ASSETS" --teacher "$TEACHER" \
     --minutes "${MINUTES:-12.5}" "$@" >>"$RUN/output" 2>&1 </dev/null &

@@ -8,13 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
-from portraits.caption import caption
-from portraits.dataset import MAX_PICTURES, renderer, run
-from portraits.identity import sample_identity
 from portraits.sampling import held_out_generator, training_generator
-from portraits.scene import sample_scene
 from train_mini.pictures import dead_leaves, letters
 from train_mini.settings import CAPTION_BYTES, SIZE, DataSettings
 
@@ -23,20 +20,26 @@ CHUNK = 8  # pictures that a process draws and then says to be there
 Drawn = tuple[NDArray[np.uint8], str]
 
 
-def portrait(assets: Path, index: int) -> Drawn:
-    """Render training picture `index`, as `python -m portraits train` does."""
-    rng = training_generator(index)
+def render(assets: Path, rng: Generator, words: int) -> Drawn:
+    """Render the first picture of a generator's person, described by the seed `words`."""
+    from portraits.caption import caption
+    from portraits.dataset import renderer  # numba, which whoever only reads pictures need not have
+    from portraits.identity import sample_identity
+    from portraits.scene import sample_scene
+
     identity = sample_identity(rng)
     scene = sample_scene(rng, identity)
-    return renderer(assets)(identity, scene), caption(identity, scene, index)
+    return renderer(assets)(identity, scene), caption(identity, scene, words)
+
+
+def portrait(assets: Path, index: int) -> Drawn:
+    """Render training picture `index`, as `python -m portraits train` does."""
+    return render(assets, training_generator(index), index)
 
 
 def held(assets: Path, index: int) -> Drawn:
     """Render the first picture of held-out identity `index`, as `python -m portraits identities` does."""
-    rng = held_out_generator(index)
-    identity = sample_identity(rng)
-    scene = sample_scene(rng, identity)
-    return renderer(assets)(identity, scene), caption(identity, scene, index * MAX_PICTURES)
+    return render(assets, held_out_generator(index), index * 100)
 
 
 KINDS: dict[str, Callable[[Path, int], Drawn]] = {
@@ -113,7 +116,12 @@ def draw_all(assets: Path, folder: Path, settings: DataSettings, workers: int, r
         settings: Numbers of pictures.
         workers: Number of processes.
         report: Called with the number of chunks that are done.
+
+    Raises:
+        FileNotFoundError: If the assets are not there.
     """
+    from portraits.dataset import run
+
     for name in ("model.npz", "hair.npz"):
         if not (assets / name).exists():
             raise FileNotFoundError(

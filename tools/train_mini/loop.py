@@ -44,6 +44,13 @@ class Machine:
         wanted = half if precision == "auto" else precision == "bfloat16"
         return cls(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if wanted else None, cuda)
 
+    def generator(self, seed: int) -> Generator:
+        """Return the source of all randomness of a stage: on a card the default one, which captured steps know."""
+        if self.device.type == "cpu":
+            return Generator().manual_seed(seed)
+        torch.cuda.init()
+        return torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+
     def autocast(self) -> torch.autocast:
         # A cache of converted weights would outlive a captured step.
         return torch.autocast(
@@ -240,7 +247,6 @@ def _captured(training: Training, folder: Path, machine: Machine) -> tuple[Calla
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        graph.register_generator_state(training.generator)
         with torch.cuda.graph(graph):
             losses = training.step()
     except RuntimeError as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 SIZE = 128  # pixels, the side of every training picture
-TOKENS = 32  # length of the text window; the longest caption has 33 words and is cut
+TOKENS = 48  # length of the text window; the longest of 1,756 captions has 41 tokens, punctuation among them
 SCALING = 0.18215  # Stable Diffusion's factor between the autoencoder's latents and the UNet's
 CAPTION_BYTES = 320  # the longest caption has 34 words of at most eight letters
 
@@ -19,6 +19,12 @@ class DataSettings:
 
     def counts(self) -> dict[str, int]:
         return {"held": self.held, "portraits": self.portraits, "textures": self.textures, "text": self.text}
+
+
+def shared(batch: dict[str, int], total: int) -> dict[str, int]:
+    """Share `total` pictures among the kinds of a batch in its proportions, at least one of each."""
+    whole = sum(batch.values())
+    return {kind: max(1, round(count * total / whole)) for kind, count in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class EncoderSettings:
     warmup: int = 200
     seed: int = 0
 
+    def sized(self, total: int) -> "EncoderSettings":
+        """Return these settings with `total` pictures a step in the same proportions, and as many attacked ones."""
+        thirds = round(self.attacked * total / sum(self.batch.values()) / 3)
+        return replace(self, batch=shared(self.batch, total), attacked=3 * max(1, thirds))
+
 
 @dataclass(frozen=True)
 class DecoderSettings:
@@ -57,6 +68,10 @@ class DecoderSettings:
     rate: float = 1e-3
     warmup: int = 200
     seed: int = 0
+
+    def sized(self, total: int) -> "DecoderSettings":
+        """Return these settings with `total` pictures a step in the same proportions."""
+        return replace(self, batch=shared(self.batch, total))
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ class Settings:
     models: dict[str, UnetSettings] = field(
         default_factory=lambda: {
             "mini": UnetSettings(),
-            "second": UnetSettings("v_prediction", (64, 96, 160), text_width=128, vocabulary=300, seed=1),
+            "second": UnetSettings("v_prediction", (64, 96, 160), text_width=128, vocabulary=340, seed=1),
         }
     )
     measure: MeasureSettings = MeasureSettings()

@@ -30,10 +30,12 @@ from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.models.base import Embedding, Surrogate, randn
 from antidiffusion.models.sampling import check_size
-from antidiffusion.models.schedule import noised, parts, step
+from antidiffusion.models.schedule import VP, Schedule, noised, parts, step
 from antidiffusion.pictures.canvas import filter_matrix
 from antidiffusion.pictures.tensors import check_pictures, to_bytes
 
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STABLE_DIFFUSION |= {"prediction_type": "epsilon"}
 TRAINED = 1000  # steps of the noising, which the papers count by
 
 
@@ -248,13 +250,23 @@ def _renoise(z: Tensor, t: int, steps: int, condition: Embedding, surrogate: Sur
     """Noise latents to step t and go back in equal steps, with DDPM's noise in all but the last."""
     if not 1 <= steps <= t < TRAINED or t % steps:
         raise ValueError(f"expected t below {TRAINED} that steps divide, got t {t}, steps {steps}; try 150 and 15")
-    schedule, shares = surrogate.schedule, (torch.arange(t, -1, -(t // steps)) + 0.5) / TRAINED  # 0.5 against rounding
-    times = schedule.time(shares).to(z.device)
+    schedule = surrogate.schedule
+    times = _times(torch.arange(t, -1, -(t // steps)), schedule).to(z.device)
     z = noised(schedule, z, randn(z.shape, generator, z), times[0])
     for now, after in pairwise(times):
         output, fresh = surrogate.predict(z, now.expand(len(z)), condition), randn(z.shape, generator, z)
         clean, z = parts(schedule, z, output, now)[0], step(schedule, z, output, now, after, eta=1.0, fresh=fresh)
     return clean
+
+
+def _times(steps: Tensor, schedule: Schedule) -> Tensor:
+    """Return the times `(S,)` of training steps `(S,)` int64: on the straight path, where there is as much noise beside
+    the signal as at these steps of Stable Diffusion's training, since a share of the noising means more there.
+    """
+    if isinstance(schedule, VP):
+        return steps
+    signal, noise = VP(STABLE_DIFFUSION)(steps)
+    return noise / (signal + noise)
 
 
 def _grid(z: Tensor, surrogate: Surrogate) -> tuple[tuple[int, int], list[tuple[int, int]]]:

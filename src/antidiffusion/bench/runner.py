@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import torch
@@ -22,9 +20,9 @@ from antidiffusion.bench.instruments import Instruments
 from antidiffusion.bench.plan import Plan, Trial
 from antidiffusion.bench.rows import CLEAN, PICTURES, ROWS, Row
 from antidiffusion.bench.trials import Laboratory, Task, protection
+from antidiffusion.failures import FAILURES, sentence
 from antidiffusion.models.base import Surrogate
-
-FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
+from antidiffusion.process import end_with_parent
 
 DIED = (
     "expected a row, got a worker process that died, as when memory runs out; run the same command again, with fewer "
@@ -118,8 +116,7 @@ def _run(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Done]:
                         row = future.result()
                     except FAILURES as error:
                         failed.add(key)
-                        said = DIED if isinstance(error, BrokenExecutor) else str(error) or type(error).__name__
-                        yield Done(trials[key], error=said)
+                        yield Done(trials[key], error=DIED if isinstance(error, BrokenExecutor) else sentence(error))
                         continue
                     _check_model(row, models)
                     file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
@@ -205,11 +202,9 @@ _laboratory: Laboratory
 
 
 def _begin(plan: Plan, folder: Path, load: Load, threads: int) -> None:
-    """Prepare a process, and end it when its parent is killed: an executor's processes would wait for ever."""
+    """Prepare a process."""
     global _laboratory
-    parent = multiprocessing.parent_process()
-    assert parent
-    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     warnings.simplefilter("once")  # each trial would repeat that its prompt was cut
     _laboratory = Laboratory(plan, folder, load)

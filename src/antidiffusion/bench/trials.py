@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Prompts, usual
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.attacks.purify import PURIFIERS, vae_round_trip
 from antidiffusion.bench.instruments import Instruments, Metrics
 from antidiffusion.bench.plan import HALF, Folder, Plan, Trial, outside
 from antidiffusion.bench.rows import CLEAN, FAILED_ATTACK, PICTURES, UNPURIFIED, Row
+from antidiffusion.card import effect, peak_memory, versions
 from antidiffusion.data.defense_edit import Item
 from antidiffusion.data.people import Person
 from antidiffusion.metrics.fidelity import ssim
@@ -26,7 +27,7 @@ from antidiffusion.models.base import Posterior, Surrogate
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.picture import WRITERS, Picture
 from antidiffusion.pictures.tensors import to_picture
-from antidiffusion.protection import effect, peak_memory, protect, versions
+from antidiffusion.protection import protect
 
 UNCHANGED = 0.98  # SSIM to the source above which an edit has done nothing
 ZERO, EXCEEDED, LOSSY = "zero gradient", "budget exceeded", "lossy file"
@@ -116,7 +117,7 @@ class Laboratory:
         protected = protect(originals, recipe, surrogate=surrogate, seed=trial.seed, together=len(files) > 1)
         pictures = [result.picture for result in protected]
         metrics, flags = self._published_as(pictures, originals, trial)
-        metrics["loss_ratio"] = fmean(result.card["effect"]["denoising_loss_ratio"] for result in protected)
+        metrics["loss_ratio"] = _mean([result.card["effect"].get("denoising_loss_ratio") for result in protected])
         return Outcome(metrics, flags, pictures, protected[0].card["cost"]["seconds"])
 
     def _elsewhere(
@@ -132,7 +133,7 @@ class Laboratory:
         pairs = [(fitted(a, surrogate), fitted(b, surrogate)) for a, b in zip(originals, pictures, strict=True)]
         ratios = [effect(surrogate, *pair, trial.seed)["denoising_loss_ratio"] for pair in pairs]
         lossy = [LOSSY for file in found if file.suffix.lower() not in WRITERS]
-        return Outcome(metrics | {"loss_ratio": fmean(ratios)}, [*flags, *lossy], pictures)
+        return Outcome(metrics | {"loss_ratio": _mean(ratios)}, [*flags, *lossy], pictures)
 
     def _published_as(
         self, pictures: Sequence[Picture], originals: Sequence[Picture], trial: Trial
@@ -189,7 +190,7 @@ class Laboratory:
         person, tunings = self.plan.item(trial), self.plan.tunings
         assert isinstance(person, Person) and tunings
         options: dict[str, Any] = self.plan.settings(trial)["attack"]
-        steps, guidance = options["sampling_steps"], options["guidance"]
+        steps, guidance = usual(options["sampling_steps"], options["guidance"], surrogate)
         generator = Generator().manual_seed(trial.seed)
         drawn = sample(tunings.texts, surrogate, generator, steps=steps, guidance=guidance).cpu()
         metrics = self._drawn(drawn, person, surrogate)
@@ -248,3 +249,9 @@ def with_posterior(surrogate: Surrogate, posterior: str) -> Surrogate:
 
     changed.posterior = mean  # type: ignore[method-assign]
     return changed
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None if one is unknown."""
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if len(numbers) == len(values) else None

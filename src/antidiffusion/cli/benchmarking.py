@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from antidiffusion.cli import shared
-from antidiffusion.cli.shared import DType, app, progress_bar, stderr, usage
+from antidiffusion.cli.shared import DType, app, progress_bar, say, stderr, usage
 
 
 @app.command()
@@ -45,7 +45,7 @@ def bench(
                 bar.update(task, description=where)
                 if done.error is not None:
                     failed += 1
-                    stderr.print(f"error: {where}: {done.error}", style="red")
+                    say(f"error: {where}: {done.error}", style="red")
     print(output / ROWS)
     if failed:
         stderr.print(f"{failed} of {total} trials failed and have no row; run the same command again to try them")
