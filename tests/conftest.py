@@ -18,6 +18,7 @@ from sd_layout import original_state, rename
 
 import antidiffusion.card
 import antidiffusion.cli.shared
+import antidiffusion.models.latents
 import antidiffusion.models.weights
 from antidiffusion.models.base import Surrogate
 
@@ -70,6 +71,7 @@ def build_pipeline(name: str) -> Any:
     config, widths, prediction, scheduler = ARCHITECTURES[name]
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    schedule |= {"timestep_spacing": "leading"}  # as published; of these classes only Euler's has another default
     if scheduler == "DDIMScheduler":
         schedule |= {"clip_sample": False, "set_alpha_to_one": False}
     with torch.random.fork_rng([]):
@@ -247,6 +249,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`here`, and whatever model is asked for, a tiny one is there already."""
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options, **named: tiny)
+    monkeypatch.setattr(antidiffusion.models.latents, "names_latents", lambda model: False)  # it is a whole one
     return here
 
 

@@ -14,6 +14,7 @@ from antidiffusion.card import card_path, read_card, relative
 from antidiffusion.failures import FAILURES, sentence
 from antidiffusion.folders import Job, expect_nameable, make_writable, real
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import LatentSpaces
 from antidiffusion.pictures.errors import PictureError
 from antidiffusion.pictures.files import expect_new, tidy
 from antidiffusion.pictures.jpeg import SUFFIXES as JPEG
@@ -85,7 +86,7 @@ class Worker:
     """
 
     settings: Settings
-    surrogate: Surrogate
+    surrogate: Surrogate | LatentSpaces
 
     def __call__(self, jobs: Sequence[Job], progress: Progress = silent) -> Iterator[Outcome]:
         """Protect and save pictures that belong together, or one; yields each outcome as soon as it is known."""
@@ -219,7 +220,7 @@ class Worker:
 def run(
     jobs: Sequence[Job],
     settings: Settings,
-    surrogate: Surrogate,
+    surrogate: Surrogate | LatentSpaces,
     *,
     progress: Callable[[Job], Progress] = lambda job: silent,
 ) -> Iterator[Outcome]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -16,6 +17,8 @@ from antidiffusion.failures import expect_finite
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.attention import mean_map, record_attention
 from antidiffusion.models.base import Surrogate, randn
+from antidiffusion.models.latents import LatentSpaces
+from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.pictures.picture import Picture
 
@@ -47,7 +50,9 @@ def relative(path: Path, folder: Path) -> str:
         return path.name
 
 
-def measured(original: Picture, protected: Picture, canvas: Canvas, surrogate: Surrogate, seed: int) -> dict[str, Any]:
+def measured(
+    original: Picture, protected: Picture, canvas: Canvas, surrogate: Surrogate | LatentSpaces, seed: int, budget: Linf
+) -> dict[str, Any]:
     """Measure what a protection changed: in the picture, and in what the untouched surrogate makes of it.
 
     Arguments:
@@ -55,6 +60,7 @@ def measured(original: Picture, protected: Picture, canvas: Canvas, surrogate: S
         canvas: The one that was protected.
         surrogate: The model, not tuned.
         seed: Of the measurement's noise.
+        budget: Of the protection.
 
     Returns:
         The card's sections "fidelity" and "effect"; the PSNR of equal pictures is None.
@@ -67,8 +73,35 @@ def measured(original: Picture, protected: Picture, canvas: Canvas, surrogate: S
     decibel = psnr(x, y).item()
     return {
         "fidelity": {"psnr": decibel if math.isfinite(decibel) else None, "ssim": ssim(x, y).item()},
-        "effect": effect(surrogate, canvas.clean_view, written.clean_view, seed),
+        "effect": latent_effect(surrogate, canvas, written, original, seed, budget)
+        if isinstance(surrogate, LatentSpaces)
+        else effect(surrogate, canvas.clean_view, written.clean_view, seed),
     }
+
+
+def latent_effect(
+    spaces: LatentSpaces, canvas: Canvas, written: Canvas, original: Picture, seed: int, budget: Linf
+) -> dict[str, Any]:
+    """Measure how far latents moved in every space, and how far random signs of the same budget move them.
+
+    Arguments:
+        spaces: The latent spaces.
+        canvas, written: The picture before and after, with one view size.
+        original: The picture before.
+        seed: Of the signs; another stream than the recipes'.
+        budget: What the signs take up.
+
+    Returns:
+        By space, the mean squared distance over the clean latents' variance, of the protection and of the signs.
+    """
+    generator = Generator().manual_seed(seed ^ HELD_OUT_STREAM)
+    signs = torch.randint(2, original.pixels.shape, generator=generator).numpy() * 2 - 1
+    noisy = (original.pixels + budget.levels * signs).clip(0, 255).astype(np.uint8)
+    control = Canvas(noisy, canvas.size, spaces.device)
+    shifts = [spaces.shifts(canvas.clean_view, other.clean_view) for other in (written, control)]
+    for values in shifts:
+        expect_finite(torch.tensor(list(values.values())), "the encoders' answers to the picture")
+    return {"latent_shift": shifts[0], "latent_shift_of_random_signs": shifts[1]}
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ from typing import Any
 
 from antidiffusion.card import peak_memory
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import LatentSpaces
 from antidiffusion.pictures.picture import Picture
 from antidiffusion.protection import protect
-from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion
+from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, Latents, OfficialAntiDiffusion
 from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 
 WARM = {PROMPT: 1, TUNING: 1, PERTURBATION: BALANCE_EVERY}
@@ -28,8 +29,8 @@ class Forecast:
 
 def forecast(
     pictures: Iterable[Picture],
-    recipe: AntiDiffusion | OfficialAntiDiffusion,
-    surrogate: Surrogate,
+    recipe: AntiDiffusion | OfficialAntiDiffusion | Latents,
+    surrogate: Surrogate | LatentSpaces,
     *,
     together: bool = False,
     side: int | None = None,
@@ -52,10 +53,11 @@ def forecast(
             tried = [picture]
     if not tried:
         return Forecast(0, peak_memory(surrogate.device), 0)
-    ascents = WARM[PERTURBATION] if recipe.rounds else WARM[PERTURBATION] + TIMED[PERTURBATION]
-    short = replace(recipe, steps=ascents, rounds=min(1, recipe.rounds))
-    short = replace(short, prompt_steps=min(recipe.prompt_steps, WARM[PROMPT] + TIMED[PROMPT]))
-    short = replace(short, tuning_steps=min(recipe.tuning_steps, WARM[TUNING] + TIMED[TUNING]))
+    rounds = getattr(recipe, "rounds", 0)
+    few = {"rounds": 1, "prompt_steps": WARM[PROMPT] + TIMED[PROMPT], "tuning_steps": WARM[TUNING] + TIMED[TUNING]}
+    cut: Any = {name: min(most, getattr(recipe, name)) for name, most in few.items() if hasattr(recipe, name)}
+    steps = WARM[PERTURBATION] if rounds else WARM[PERTURBATION] + TIMED[PERTURBATION]
+    short = replace(recipe, steps=min(steps, recipe.steps), **cut)
     seconds: dict[str, list[float]] = {}
     begun = last = time.perf_counter()
 
@@ -68,6 +70,6 @@ def forecast(
     how: Any = {"together": together, "side": side, "low_memory": low_memory}
     protect(tried, short, surrogate=surrogate, progress=clock, **how)
     around = time.perf_counter() - begun - sum(map(sum, seconds.values()))
-    steps = {stage: times[WARM[stage] :] or times for stage, times in seconds.items()}
-    whole = sum(recipe.counts[stage] * sum(times) / len(times) for stage, times in steps.items())
+    timed = {stage: times[WARM[stage] :] or times for stage, times in seconds.items()}
+    whole = sum(recipe.counts[stage] * sum(times) / len(times) for stage, times in timed.items())
     return Forecast((whole + around) * (1 if together else count), peak_memory(surrogate.device), count)

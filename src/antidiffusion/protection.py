@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Generator
@@ -14,6 +14,7 @@ from torch import Generator
 from antidiffusion.card import card_path, measured, peak_memory, versions
 from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import LatentSpaces
 from antidiffusion.models.memory import low_memory as lean
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
@@ -99,7 +100,7 @@ def protect(
     pictures: Sequence[Picture | str | Path],
     recipe: Recipe | str = "anti-diffusion",
     *,
-    surrogate: Surrogate,
+    surrogate: Surrogate | LatentSpaces,
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
@@ -113,7 +114,8 @@ def protect(
     Arguments:
         pictures: Pictures or paths of them.
         recipe: A recipe or its name in `RECIPES`.
-        surrogate: The model to protect against; its weights are the same afterwards.
+        surrogate: The model to protect against; its weights are the same afterwards. Latent spaces suffice for some
+            recipes.
         seed: Of all randomness. A picture gives the same bytes alone and among others, unless `together`.
         together: Protect all pictures, of one person, jointly: one text embedding and one tuned surrogate.
         side: Resolution in pixels at which the surrogate looks; the model's own if None.
@@ -137,11 +139,22 @@ def protect(
             raise ValueError(f"expected a recipe of {', '.join(RECIPES)}, got {recipe!r}; see --help")
         recipe = RECIPES[recipe]
     Linf(recipe.budget)
+    expect_enough(surrogate, recipe)
     read = [picture if isinstance(picture, Picture) else Picture.read(picture) for picture in pictures]
     where = Where(None if mask is None else white(mask), luma)
     groups = [read] if together else [[picture] for picture in read]
     how: dict[str, Any] = {"seed": seed, "side": side, "where": where, "low_memory": low_memory, "progress": progress}
     return [protected for group in groups for protected in _protect_group(group, recipe, surrogate, **how)]
+
+
+def expect_enough(surrogate: Surrogate | LatentSpaces, recipe: Recipe) -> None:
+    """Raise ValueError if a recipe asks for more than the encoders of latent spaces."""
+    if isinstance(surrogate, LatentSpaces) and not getattr(recipe, "encoders_suffice", False):
+        able = [name for name, known in RECIPES.items() if getattr(known, "encoders_suffice", False)]
+        raise ValueError(
+            f"expected a whole model for the recipe {_name(recipe)}, got latent spaces, which have encoders only; name "
+            f"a model, or take a recipe of {', '.join(able)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,7 @@ def white(mask: Picture | str | Path) -> np.ndarray:
 def _protect_group(
     pictures: Sequence[Picture],
     recipe: Recipe,
-    surrogate: Surrogate,
+    surrogate: Surrogate | LatentSpaces,
     *,
     seed: int,
     side: int | None,
@@ -182,7 +195,7 @@ def _protect_group(
         size = view_size(height, width, side or surrogate.size, surrogate.multiple)
         canvases.append(Canvas(picture.pixels, size, surrogate.device, mask=where.mask, luma=where.luma))
     with lean(surrogate) if low_memory else nullcontext():
-        trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
+        trace = recipe(canvases, cast(Surrogate, surrogate), Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - begun
     results = []
     for picture, canvas in zip(pictures, canvases, strict=True):
@@ -200,7 +213,7 @@ def _protect_group(
                 "notes": list(picture.notes),
             },
             "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"} | where.card,
-            **measured(picture, protected, canvas, surrogate, seed),
+            **measured(picture, protected, canvas, surrogate, seed, Linf(recipe.budget)),
             "cost": {"seconds": round(seconds, 2), "peak_memory_mb": round(peak_memory(surrogate.device) / 1e6)},
             "versions": versions(),
         }

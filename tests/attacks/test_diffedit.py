@@ -130,9 +130,9 @@ def test_progress_counts_maps_and_steps(tiny: Surrogate, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, r"expected a strength in \(0, 1\] that runs a step"),
-        ({"strength": 1.5}, r"expected a strength in \(0, 1\] that runs a step, got 1.5"),
-        ({"mask_strength": 0}, r"expected a mask_strength in \(0, 1\] that runs a step, got 0"),
+        ({"steps": 0}, "expected at least 1 step, got 0"),
+        ({"strength": 1.5}, r"expected a strength in \(0, 1\], got 1.5"),
+        ({"mask_strength": 0}, r"expected a mask_strength in \(0, 1\], got 0"),
         ({"mask_threshold": 0}, "expected a positive mask_threshold, got 0"),
         ({"maps": 0}, "expected at least 1 map, got 0"),
     ],

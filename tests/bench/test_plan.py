@@ -4,12 +4,20 @@ from pathlib import Path
 
 import pytest
 from bench_plans import write_plan
+from command_line import draw
 
 import antidiffusion.bench
-from antidiffusion.bench.plan import ALL, HALF, Folder, Plan
+from antidiffusion.bench.plan import ALL, HALF, Folder, Plan, Trial
 from antidiffusion.bench.rows import CLEAN, CONTROL
 from antidiffusion.recipes import AdvDM, AntiDiffusion
 
+OUTSIDE = """
+recipes.theirs = {{ folder = "elsewhere" }}
+recipes.advdm = {{ steps = 1, budget = 4, note = "1 step, the paper's 40" }}
+[edits]
+dataset = "pictures"
+attacks.sdedit = {{ steps = 2 }}
+"""
 SHIPPED = Path(antidiffusion.bench.__file__).parent
 
 
@@ -19,11 +27,15 @@ def test_the_shipped_plans_compare_with_the_clean_pictures_and_the_control(name:
     trials = list(plan.trials())
     assert len({plan.key(trial) for trial in trials}) == len(trials)
     assert {recipe.budget for recipe in plan.recipes.values() if not isinstance(recipe, Folder)} == {8}
-    attacked = Counter(trial.recipe for trial in trials if trial.kind != "protection")
+    attacked = Counter(trial.recipe for trial in trials if trial.kind in ("edit", "tuning"))
     assert {CLEAN, CONTROL, "anti-diffusion"} <= set(attacked)
     assert len(set(attacked.values())) == 1
-    kinds = [(trial.kind == "protection", trial.recipe == CLEAN) for trial in trials]
-    assert kinds == sorted(kinds, reverse=True)
+    kinds = ["protection", "floor", "edit", "tuning"]
+    places = [
+        (min(2, kinds.index(trial.kind)), trial.recipe != CLEAN) for trial in trials if trial.kind != "protection"
+    ]
+    assert places == sorted(places) and {trial.kind for trial in trials} == set(kinds)
+    assert {plan.floor(trial) for trial in trials if trial.kind == "tuning"} <= set(trials)
 
 
 def test_trials_are_the_product_of_what_is_asked(tmp_path: Path) -> None:
@@ -52,6 +64,7 @@ def test_trials_are_the_product_of_what_is_asked(tmp_path: Path) -> None:
         ("protection", "", False): seeds * recipes * (items + 1),
         ("edit", "sdedit", True): seeds * attackers * items,
         ("edit", "masactrl", True): seeds * attackers * items * washed,
+        ("floor", "", True): seeds * attackers,
         ("tuning", "lora", True): seeds * attackers * 2,
         ("edit", "sdedit", False): seeds * attackers * items * recipes,
         ("edit", "masactrl", False): seeds * attackers * items * recipes * washed,
@@ -82,6 +95,33 @@ def test_a_key_follows_everything_that_decides_the_result(tmp_path: Path) -> Non
     assert not keys() & first
 
 
+def test_a_note_changes_no_key_and_another_picture_of_another_program_does(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, "a", OUTSIDE)
+    (tmp_path / "elsewhere").mkdir()
+
+    def trial(plan: Plan, recipe: str, kind: str = "protection") -> Trial:
+        return next(t for t in plan.trials() if (t.recipe, t.kind, t.item) == (recipe, kind, "item 0"))
+
+    def key(recipe: str, kind: str) -> str:
+        plan = Plan.read(path)
+        return plan.key(trial(plan, recipe, kind))
+
+    before = {kind: key("theirs", kind) for kind in ("protection", "edit")}
+    draw(tmp_path / "elsewhere" / "item 0.png")
+    after = {kind: key("theirs", kind) for kind in ("protection", "edit")}
+    assert all(before[kind] != after[kind] for kind in before)
+    draw(tmp_path / "elsewhere" / "item 0.png", 1)
+    assert all(key("theirs", kind) not in (before[kind], after[kind]) for kind in before)
+    ours = key("advdm", "protection")
+    path.write_text(path.read_text().replace("the paper's 40", "40 of the paper"))
+    plan = Plan.read(path)
+    assert key("advdm", "protection") == ours
+    assert plan.note(trial(plan, "advdm")) == {"note": "1 step, 40 of the paper"}
+    assert plan.note(trial(plan, "advdm", "edit")) == plan.note(trial(plan, "theirs")) == {}
+    assert [plan.budget_of(trial(plan, name)) for name in ("advdm", "theirs")] == [4, 8]
+    assert plan.budget_of(trial(plan, CLEAN, "edit")) is None
+
+
 @pytest.mark.parametrize(
     ("old", "new", "fragment"),
     [
@@ -103,6 +143,7 @@ def test_a_key_follows_everything_that_decides_the_result(tmp_path: Path) -> Non
             "expected to choose some items, got a set of 102, first = 0 and items = 0",
         ),
         ('["bit-depth"]', '"bit-depth"', "expected a list of purifiers, got 'bit-depth'; put it in brackets"),
+        ("[recipes]", 'posterior = "mode"\n[recipes]', "expected posterior of sample, mean, got 'mode'"),
         ("[recipes]", 'seeds = ["1"]\n[recipes]', "expected seeds as int, got '1'"),
         ("[recipes]", 'budget = "8"\n[recipes]', "expected budget as float, got '8'"),
         ("steps = 1", "steps = 1.5", "expected steps as int, got 1.5"),

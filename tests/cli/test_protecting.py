@@ -18,6 +18,7 @@ import pytest
 import torch
 from command_line import PROGRAM, QUIET, Run, cli, draw
 from PIL import Image
+from typer.testing import CliRunner
 
 import antidiffusion.batch
 import antidiffusion.card
@@ -25,7 +26,7 @@ import antidiffusion.cli
 import antidiffusion.process
 import antidiffusion.recipes
 from antidiffusion import __version__
-from antidiffusion.cli.shared import MINI_NOTE
+from antidiffusion.cli.shared import MINI_NOTE, app
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes import PRESETS, RECIPES, AntiDiffusion, OfficialAntiDiffusion, RandomSign, Trace
@@ -62,11 +63,14 @@ def test_text(loaded: Path) -> None:
     lines = run.out.splitlines()
     assert [line for line in lines if not line.startswith("  ")] == [f"photos-protected/{n}.png" for n in "ab"]
     assert "  budget     8/255 measured on the written file, 8/255 allowed" in lines
-    assert run.err == f"{MINI_NOTE}\n"
+    note, *table = run.err.splitlines()
+    assert note == MINI_NOTE
+    assert table[0].split() == ["2", "protected"]
+    assert table[1].strip().startswith("at most 8/255, PSNR 30.")
 
 
 def test_json(loaded: Path) -> None:
-    run = cli("protect", "photos", *CONTROL, "--format", "json", "--seed", "5")
+    run = cli("protect", "photos", *CONTROL, "--json", "--seed", "5")
     records = [json.loads(line) for line in run.out.splitlines()]
     for record in records:
         path = Path(record.pop("path"))
@@ -108,12 +112,12 @@ def test_one_photo_alone(loaded: Path) -> None:
     ("options", "recipe"),
     [
         ([], RECIPES["anti-diffusion"]),
-        (["--quick"], PRESETS["quick"]),
+        (["--quick"], PRESETS["anti-diffusion"]["quick"]),
         (["--strong", "--budget", "4"], AntiDiffusion(rounds=7, budget=4)),
         (["--quick", "--rounds", "2", "--steps", "1"], AntiDiffusion(rounds=2, steps=1, tuning_steps=0)),
         (
-            ["--tuning-steps", "5", "--tuning", "lora", "--low-memory"],
-            AntiDiffusion(tuning_steps=5, tuning="lora", low_memory=True),
+            ["--tuning-steps", "5", "--tuning", "lora"],
+            AntiDiffusion(tuning_steps=5, tuning="lora"),
         ),
         (["--recipe", "official", "--budget", "7.5"], OfficialAntiDiffusion(budget=7.5)),
         (["--recipe", "random-sign", "--budget", "1"], RandomSign(1)),
@@ -124,8 +128,8 @@ def test_options_reach_the_recipe(
 ) -> None:
     seen = []
 
-    def run(jobs: object, recipe: object, *arguments: object, **options: object) -> list[object]:
-        seen.append(recipe)
+    def run(jobs: object, settings: Any, *arguments: object, **options: object) -> list[object]:
+        seen.append(settings.recipe)
         return []
 
     monkeypatch.setattr(antidiffusion.batch, "run", run)
@@ -220,9 +224,10 @@ def test_a_broken_picture(loaded: Path, make: Callable[[Path], Any], fragment: s
     make(Path("x.png"))
     run = cli("protect", "x.png", "photos/a.png", "-o", "out", *CONTROL, "--model", "other")
     assert run.code == 1
-    first, last = run.err.splitlines()
+    first, *table, last = run.err.splitlines()
     assert first.startswith("failed: x.png: expected ")
     assert fragment in first
+    assert [line.split()[:2] for line in table][:2] == [["1", "protected"], ["1", "failed"]]
     assert last == "1 of 2 pictures failed"
     assert run.out.startswith("out/a.png\n")
     assert sorted(p.name for p in Path("out").iterdir()) == ["a.png", "a.png.json"]
@@ -243,7 +248,7 @@ def test_existing_outputs(loaded: Path, together: list[str]) -> None:
 
 def test_together(loaded: Path) -> None:
     Path("photos/c.png").write_text("broken")
-    cheap = ["--steps", "1", "--rounds", "0", "--together", "--format", "json"]
+    cheap = ["--steps", "1", "--rounds", "0", "--together", "--json"]
     run = cli("protect", "photos", *cheap)
     assert run.code == 1
     cards = [json.loads(line) for line in run.out.splitlines()]
@@ -275,8 +280,8 @@ class Nothing:
         return Trace(0, progress)
 
 
-@pytest.mark.parametrize(("size", "file"), [(50, "a.png"), (500, "a.png.json")])
-def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int, file: str) -> None:
+@pytest.mark.parametrize("size", [50, 500], ids=["picture", "card"])
+def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     Image.new("L", (64, 64), 128).save("photos/a.png")
     Path("photos/b.png").unlink()
     monkeypatch.setitem(RECIPES, "random-sign", Nothing())
@@ -284,7 +289,7 @@ def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int, fil
     assert 50 < Path("fits/a.png").stat().st_size < 500 < Path("fits/a.png.json").stat().st_size, "the test's premise"
     run = limited(size, "protect", "photos", "-o", "out", *CONTROL)
     assert (run.code, run.out) == (1, "")
-    assert f"failed: out/{file}: expected a writable place with room, got 'File too large'; choose another" in run.err
+    assert "failed: out/a.png: expected a writable place with room, got 'File too large'; choose another" in run.err
     assert list(Path("out").iterdir()) == []
 
 
@@ -315,7 +320,8 @@ def test_strange_names(loaded: Path, name: str) -> None:
     assert good.out.startswith(f"out/{name}\n")
     assert Path("out", name).exists()
     again = cli("protect", *CONTROL, "-o", "out", "--", name)
-    assert f"failed: out/{name}: expected a new file" in again.err
+    assert (again.code, again.out) == (0, "")
+    assert "1  finished before, with the same options" in again.err
 
 
 def test_offline_is_set_before_the_hub_is_imported() -> None:
@@ -404,16 +410,15 @@ def test_interrupted_while_loading(here: Path, monkeypatch: pytest.MonkeyPatch) 
         assert "run the same command again" in run.err
 
 
-def test_ctrl_c(here: Path) -> None:
-    """The whole program: with a name that is no text, interrupted after its first picture."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_what_stops_a_program_is_like_ctrl_c(here: Path, name: str) -> None:
+    """The whole program, with a name that is no text, stopped in its second picture."""
     first = os.fsdecode(b"photos/\xff.png")
     Path("photos/a.png").rename(first)
-    long = [first, "photos/b.png", "--steps", "1000", "--rounds", "1000"]
-    quick = [*PROGRAM, "protect", first, "-o", "out", *CONTROL]
-    done = subprocess.run(quick, capture_output=True, env=QUIET, check=True)
-    assert done.stdout.startswith(rb"out/\udcff.png")
+    Path("out").mkdir()
+    draw(os.fsdecode(b"out/\xff.png"))
     process = subprocess.Popen(
-        [*PROGRAM, "protect", *long, "-o", "out"],
+        [*PROGRAM, "protect", first, "photos/b.png", "--steps", "1000", "-o", "out", "--log", "log"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=QUIET,
@@ -422,14 +427,15 @@ def test_ctrl_c(here: Path) -> None:
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("failed: out/"):  # the first is there; the second has begun
+        if line.startswith(r"failed: out/\udcff.png: expected a new file"):  # the second has begun
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
     assert "interrupted with 0 of 2 pictures finished" in err
     assert "Traceback" not in err
-    assert sorted(os.fsencode(p.name) for p in Path("out").iterdir()) == [b"\xff.png", b"\xff.png.json"]
+    assert [os.fsencode(p.name) for p in Path("out").iterdir()] == [b"\xff.png"]
+    assert [line.split(" ", 1)[1][:9] for line in Path("log").read_text().splitlines()] == ["failed: o", "interrupt"]
 
 
 def test_a_closed_pipe(loaded: Path) -> None:
@@ -438,8 +444,9 @@ def test_a_closed_pipe(loaded: Path) -> None:
 import antidiffusion.batch as batch, antidiffusion.cli as cli
 from pathlib import Path
 cli.shared.load_surrogate = lambda *options, **named: None
-cli.protecting.summary = lambda path, card: path
-batch.run = lambda jobs, *_, **__: [batch.Outcome(job, card={{}}) for job in jobs]
+cli.telling.summary = lambda path, card: path
+card = {{"budget": {{"measured": 0}}, "fidelity": {{"psnr": 1}}, "cost": {{"seconds": 1}}}}
+batch.run = lambda jobs, *_, **__: [batch.Outcome(job, "done", card) for job in jobs]
 import sys; sys.argv[1:] = {["protect", "photos"]!r}
 cli.main()
 """
@@ -472,11 +479,11 @@ def test_a_dry_run_writes_nothing(loaded: Path) -> None:
     short = ["--steps", "2", "--rounds", "0", "--quick"]
     run = cli("protect", "photos", *short, "--dry-run")
     assert run.code == 0
-    assert re.fullmatch(r"about [\d.]+ s for 2 picture\(s\), \d+ MB at the peak; nothing was written\n", run.out), (
-        run.out
-    )
-    as_json = json.loads(cli("protect", "photos/a.png", *short, "--dry-run", "--format", "json").out)
-    assert as_json.keys() == {"pictures", "seconds", "peak_memory_mb"} and as_json["pictures"] == 1
+    said = r"about [\d.]+ s for 2 picture\(s\), \d+ MB at the peak, 0.0 MB of files at most; nothing was written\n"
+    assert re.fullmatch(said, run.out), run.out
+    as_json = json.loads(cli("protect", "photos/a.png", *short, "--dry-run", "--json").out)
+    assert as_json.keys() == {"pictures", "seconds", "peak_memory_mb", "output_mb"} and as_json["pictures"] == 1
+    assert not Path("photos-protected").exists()
     assert sorted(Path().rglob("*.png")) == [Path("photos/a.png"), Path("photos/b.png")]
 
 
@@ -484,3 +491,126 @@ def test_a_dry_run_knows_two_recipes(unused: Path) -> None:
     run = cli("protect", "photos", *CONTROL, "--dry-run")
     assert (run.code, run.out) == (2, "")
     assert "expected --dry-run with anti-diffusion or official, got random-sign" in run.err
+
+
+def test_a_dry_run_survives_a_broken_picture_and_knows_what_is_done(loaded: Path) -> None:
+    short = ["--steps", "1", "--rounds", "0", "--quick"]
+    assert cli("protect", "photos", *short).code == 0
+    Path("photos/c.png").write_text("broken")
+    draw("photos/d.png", 5)
+    run = cli("protect", "photos", *short, "--dry-run", "--json")
+    assert run.code == 1
+    assert json.loads(run.out)["pictures"] == 1
+    assert "failed: photos/c.png: expected" in run.err
+
+
+def test_a_dry_run_of_nothing(loaded: Path) -> None:
+    short = ["--steps", "1", "--rounds", "0", "--quick"]
+    assert cli("protect", "photos", *short).code == 0
+    run = cli("protect", "photos", *short, "--dry-run")
+    assert run.code == 0
+    assert run.out.startswith("about 0 s for 0 picture(s)")
+
+
+def test_every_picture_is_accounted_for(loaded: Path) -> None:
+    """Done, finished before, our own, failed and left out, each said once, counted and in the log."""
+    assert cli("protect", "photos/a.png", *CONTROL).code == 0
+    assert cli("protect", "photos/b.png", "-o", "out", *CONTROL).code == 0
+    draw("photos/c.png", 3)
+    Path("photos/d.png").write_text("broken")
+    Path("photos/e.jxl").touch()
+    Path("photos/f").symlink_to("nowhere")
+    Path("photos/g.jpg").symlink_to("nowhere")
+    run = cli("protect", "photos", "-o", "out", *CONTROL, "--model", "other", "--log", "log")
+    assert run.code == 1
+    said, table = run.err.splitlines()[:4], run.err.splitlines()[4:-1]
+    assert [line.split(";")[0] for line in said[:2]] == [
+        "left out: photos/e.jxl: JPEG XL format",
+        "left out: photos/g.jpg: link to nothing",
+    ]
+    assert said[2].startswith("left as it is: photos/a-protected.png: expected an untouched picture")
+    assert said[3].startswith("failed: photos/d.png: expected")
+    counts = {" ".join(line.split()[1:3]): int(line.split()[0]) for line in table if line[0] != " "}
+    assert counts == {
+        "protected": 2,
+        "finished before,": 1,
+        "made by": 1,
+        "failed": 1,
+        "left out:": 1,
+    }
+    assert [line for line in run.out.splitlines() if line[0] != " "] == ["out/a.png", "out/c.png"]
+    log = [line.split(" ", 1)[1] for line in Path("log").read_text().splitlines()]
+    assert log[2].startswith("left as it is: photos/a-protected.png")
+    assert log[3].startswith("protected: out/a.png: 8/255")
+    assert log[4] == "finished before: out/b.png"
+    assert log[7].startswith("2 protected, 1 finished before, with the same options, 1 made by antidiffusion")
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\u202e", "\u2028"], ids=ascii)
+def test_what_a_terminal_obeys_is_escaped(loaded: Path, character: str) -> None:
+    escaped = character.encode("unicode_escape").decode()
+    draw(f"a{character}b.png")
+    Path(f"c{character}d.png").write_text("broken")
+    run = cli("protect", f"a{character}b.png", f"c{character}d.png", "-o", "out", *CONTROL, "--log", "log")
+    assert Path("out", f"a{character}b.png").exists()
+    assert run.out.splitlines()[0] == f"out/a{escaped}b.png"
+    assert f"failed: c{escaped}d.png: expected" in run.err
+    assert character not in run.err.replace("\n", "" if character == "\n" else "\n")[:1]
+    assert all(character not in text for text in (run.out, run.err, Path("log").read_text()) if character != "\n")
+
+
+def test_json_and_the_format_of_pictures(loaded: Path) -> None:
+    for name in ("webp", "tiff"):
+        run = cli("protect", "photos/a.png", *CONTROL, "--format", name, "--json")
+        assert json.loads(run.out)["path"] == f"photos/a-protected.{name}"
+        assert Image.open(f"photos/a-protected.{name}").format == name.upper()
+    run = cli("protect", "photos/a.png", *CONTROL, "--jpeg", "95")
+    assert re.search(r"budget     \d+/255 measured on the written file, 8/255 allowed, 38/255 as JPEG of", run.out)
+    assert cli("protect", "photos/a.png", "--jpeg", "95", "--format", "png").code == 2
+    assert "expected --format or --jpeg, got both" in cli("protect", "photos", "--jpeg", "95", "--format", "png").err
+
+
+def test_standard_streams(loaded: Path) -> None:
+    original = Path("photos/a.png").read_bytes()
+    arguments = ["protect", "-", *CONTROL, "--model", "other"]
+    result = CliRunner().invoke(app, arguments, input=original)
+    assert result.exit_code == 0, result.stderr
+    cli("protect", "photos/a.png", "-o", "out.png", *CONTROL)
+    assert result.stdout_bytes == Path("out.png").read_bytes()
+    card = json.loads(result.stderr)
+    assert card["budget"]["measured"] == 8
+    assert "source" not in card
+    out = CliRunner().invoke(app, ["protect", "photos/a.png", "-o", "-", *CONTROL, "--format", "webp"])
+    assert out.stdout_bytes[8:12] == b"WEBP"
+    broken = CliRunner().invoke(app, arguments, input=b"no picture")
+    assert (broken.exit_code, broken.stdout_bytes) == (1, b"")
+    assert "failed: standard input: expected" in broken.stderr
+    assert cli("protect", "-", "photos/a.png").code == 2
+
+
+def test_a_preview(loaded: Path) -> None:
+    cli("protect", "photos/a.png", "-o", "out", *CONTROL)
+    run = cli("protect", "photos", "-o", "out", *CONTROL, "--preview")
+    assert run.out.splitlines()[-1] == "out/preview.html"
+    page = Path("out/preview.html").read_text()
+    assert page.count("data:image/webp;base64,") == 6
+    run = cli("protect", "photos/b.png", *CONTROL, "--preview")
+    assert run.out.splitlines()[-1] == "photos/b-protected.png.html"
+
+
+def test_memory_that_is_not_enough(loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Surrogate, "embed", exhausted)
+    commands = [
+        ["sample", "a person", "-o", "x.png", "--steps", "1"],
+        ["edit", "sdedit", "photos/a.png", "--prompt", "a", "-o", "x.png"],
+        ["attack", "lora", "photos/a.png", "--prompt", "a", "-o", "x.png"],
+        ["protect", "photos/a.png", "--quick"],
+    ]
+    for command in commands:
+        run = cli(*command)
+        assert run.code == 1
+        assert "expected enough memory, got none left; try --low-memory" in run.err
+        assert not Path("x.png").exists()

@@ -1,3 +1,4 @@
+import gc
 import json
 import re
 import shutil
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError
+from antidiffusion.models.kinds import Kind, classify
 from antidiffusion.models.loading import trial
+from antidiffusion.models.weights import Location
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -337,3 +340,15 @@ def test_the_card_sets_the_learning_rates(folder: Path) -> None:
     (folder / "antidiffusion.json").write_text('{"learning_rate": 1e-5, "lora_learning_rate": 1e-3}')
     other = Surrogate.from_pretrained(str(folder))
     assert (other.learning_rate, other.lora_learning_rate) == (1e-5, 1e-3)
+
+
+def test_parts_are_loaded_without_garbage_collection(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: list[bool] = []
+
+    def noting(location: Location) -> Kind:
+        collected.append(gc.isenabled())
+        return classify(location)
+
+    monkeypatch.setattr("antidiffusion.models.loading.classify", noting)
+    Surrogate.from_pretrained(str(checkpoint.folder))
+    assert collected == [False] and gc.isenabled()

@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.precision import DTYPES, device_of, dtypes_of
-from antidiffusion.objectives.semantic import DenoisingSemantic
+from antidiffusion.recipes.anti_diffusion import DenoisingSemantic
 
 CPU = torch.device("cpu")
 

@@ -30,7 +30,7 @@ def on_host(host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Park in memory, as on an accelerator, or on disk."""
     if host:
         stock = Parked.__init__
-        monkeypatch.setattr(Parked, "__init__", lambda self, block, device, file: stock(self, block, device, None))
+        monkeypatch.setattr(Parked, "__init__", lambda self, block, device, folder: stock(self, block, device, None))
 
 
 def held(joint: Surrogate) -> list[int]:
@@ -166,6 +166,16 @@ def test_low_memory_streams_and_gives_back(joint: Surrogate, x: Tensor) -> None:
     assert torch.isfinite(z.grad).all() and joint.sha256 == before
 
 
+@BOTH
+def test_a_model_is_loaded_with_its_blocks_parked_for_good(joint: Surrogate) -> None:
+    loaded = Surrogate.from_pretrained(joint.name, low_memory=True)
+    assert held(loaded) == [] and loaded.sha256 == joint.sha256
+    z, t, embedding = normal(1, 16, 8, 8), torch.tensor([0.4]), joint.embed(["a dog"])
+    with torch.no_grad(), low_memory(loaded):
+        torch.testing.assert_close(loaded.predict(z, t, embedding), joint.predict(z, t, embedding), rtol=0, atol=1e-5)
+    assert held(loaded) == [] and is_streamed(loaded)
+
+
 @ONE
 def test_weights_that_are_parked_are_not_tuned(joint: Surrogate) -> None:
     with streamed(joint):
@@ -197,4 +207,4 @@ def test_a_full_disk_is_said_and_nothing_is_lost(joint: Surrogate, monkeypatch: 
     del vars(joint)["sha256"]
     with pytest.raises(OSError, match="no room for the weights of a block; set TMPDIR"), streamed(joint):
         pass
-    assert joint.sha256 == before and not list(Path(tempfile.gettempdir()).glob("antidiffusion-*/0.safetensors"))
+    assert joint.sha256 == before and not list(Path(tempfile.gettempdir()).glob("antidiffusion-*/*.safetensors"))

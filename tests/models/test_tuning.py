@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.memory import low_memory
 from antidiffusion.models.tuning import BUCKET, bucketed, constant, denoising, drawn, fit, tunable
 
 OPTIONS = {"learning_rate": 0.1, "steps": 7}
@@ -64,14 +65,14 @@ def test_fit_is_adamw() -> None:
     assert clean(ours)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_full_tuning_is_adamw_on_every_weight(tiny: Surrogate, low_memory: bool) -> None:
+@pytest.mark.parametrize("lean", [False, True])
+def test_full_tuning_is_adamw_on_every_weight(tiny: Surrogate, lean: bool) -> None:
     z = random_latents()  # two samplers: every weight is used twice in a step
     loss = denoising(tiny, [constant(z[:1]), constant(z[1:])], tiny.embed([""]))
     options: dict = {"steps": 2, "learning_rate": 1e-4}
     with tunable(tiny, "full") as (parameters, _):
         theirs, expected = plain_adamw(parameters, loss, 0, **options), weights(tiny)
-    with tiny.low_memory() if low_memory else nullcontext(), tunable(tiny, "full") as (parameters, _):
+    with low_memory(tiny) if lean else nullcontext(), tunable(tiny, "full") as (parameters, _):
         ours, got = list(fit(parameters, loss, generator=Generator().manual_seed(0), **options)), weights(tiny)
     assert ours == pytest.approx(theirs, rel=1e-5)
     for name, value in got.items():
@@ -135,6 +136,20 @@ def test_adapters_start_at_zero_in_float32_and_depend_on_no_global_seed(sd15) ->
     assert len(starts[0]) == 2 * 4 * 32  # A and B of q, k, v and out in 2 attentions of 16 transformer blocks
     assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
     assert same(before, weights(surrogate))
+
+
+def test_adapters_of_a_joint_transformer_lower_the_loss_and_come_off(joint: Surrogate) -> None:
+    z, before, embedding = (
+        torch.randn(1, 16, 8, 8, generator=Generator().manual_seed(3)),
+        weights(joint),
+        joint.embed([""]),
+    )
+    n, t = joint.draw(z, Generator().manual_seed(1))
+    with tunable(joint, "lora") as (parameters, _):
+        options = {"steps": 8, "learning_rate": 1e-2, "generator": Generator().manual_seed(0)}
+        losses = list(fit(parameters, lambda generator: joint.denoising_loss(z, n, t, embedding).mean(), **options))
+    assert losses[-1] < losses[0]
+    assert same(before, weights(joint)) and clean(list(joint.denoiser.parameters()))
 
 
 def test_methods(tiny: Surrogate, sd15) -> None:

@@ -22,11 +22,11 @@ def test_one_round_of_aspl_is_fsmg(tiny: Surrogate, pixels: np.ndarray) -> None:
 
 def test_aspl_drops_the_copy_tuned_on_clean_pictures(tiny: Surrogate, pixels: np.ndarray) -> None:
     """AdamW's first step moves every weight by the learning rate: after a round it is one such step, not two."""
-    before = [weight.clone() for weight in tiny.unet.parameters()]
+    before = [weight.clone() for weight in tiny.denoiser.parameters()]
     moved: list[float] = []
 
     def look(stage: str, done: int, total: int) -> None:
-        pairs = zip(before, tiny.unet.parameters(), strict=True)
+        pairs = zip(before, tiny.denoiser.parameters(), strict=True)
         moved.append(max((new - old).abs().max().item() for old, new in pairs) / 1e-4)
 
     run(

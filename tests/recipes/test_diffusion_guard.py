@@ -1,15 +1,15 @@
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from ascents import ask, draws, seeded, slope
-from PIL import Image
 from torch import Generator, Tensor
 
-from antidiffusion import protect
-from antidiffusion.models.base import Surrogate
-from antidiffusion.recipes.diffusion_guard import DiffusionGuard, FirstStepNoise, RandomlyMasked, shrink
+from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.recipes.diffusion_guard import FirstStepNoise, RandomlyMasked, shrink
+
+
+@pytest.fixture
+def embedding(tiny: Surrogate) -> Embedding:
+    return tiny.embed(["a photo of a person"])
 
 
 def test_first_step_noise_is_the_norm_at_the_first_of_four_steps(

@@ -28,7 +28,7 @@ def test_an_edit_without_noise_is_sdedit(tiny: Surrogate, x: Tensor, target: Ten
 def test_the_gradient_passes_through_every_step_of_the_edit(tiny: Surrogate, x: Tensor, target: Tensor) -> None:
     objective = EditTarget(tiny, tiny.embed([""]), target, denoising_steps=3, eta=0.0)
     outputs: list[Tensor] = []
-    hook = tiny.unet.register_forward_hook(lambda module, arguments, output: outputs.append(output.sample))
+    hook = tiny.denoiser.register_forward_hook(lambda module, arguments, output: outputs.append(output.sample))
     leaf = x.clone().requires_grad_()
     loss = objective(leaf, seeded()).sum()
     hook.remove()

@@ -24,7 +24,7 @@ def test_distillation_pulls_the_error_back_through_the_encoder_only(
         error = ask(tiny, z, n, t, embedding) - n
     (expected,) = torch.autograd.grad(z, leaf, sign * error)
     watched: list[bool] = []
-    hook = tiny.unet.register_forward_hook(lambda *_: watched.append(torch.is_grad_enabled()))
+    hook = tiny.denoiser.register_forward_hook(lambda *_: watched.append(torch.is_grad_enabled()))
     objective = Distillation(tiny, embedding, sign)
     found = slope(objective, x)
     hook.remove()

@@ -24,7 +24,7 @@ def embedding(tiny: Surrogate) -> Embedding:
 
 def test_features_are_the_last_block_s_residuals_and_the_hooks_go(tiny: Surrogate, embedding: Embedding) -> None:
     z, t = torch.randn(1, 4, 8, 8, generator=seeded()), torch.tensor([5])
-    with record_features(tiny.unet) as features:
+    with record_features(tiny.features()) as features:
         tiny.predict(z, t, embedding)
     assert [tuple(feature.shape) for feature in features] == [(1, 32, 8, 8)] * 3
     tiny.predict(z, t, embedding)
@@ -40,7 +40,7 @@ def test_denoising_feature_adds_the_weighted_shift(tiny: Surrogate, x: Tensor, e
     recorded: list[list[Tensor]] = []
     before = tiny.vae.config.scaling_factor * tiny.vae.encode(2 * clean - 1).latent_dist.mean
     for latent in (z, before):
-        with record_features(tiny.unet) as features:
+        with record_features(tiny.features()) as features:
             ask(tiny, latent, n, t, embedding)
         recorded.append(list(features))
     shift = sum((a - b).square().mean((1, 2, 3)) for a, b in zip(*recorded, strict=True)) / 3
@@ -49,28 +49,13 @@ def test_denoising_feature_adds_the_weighted_shift(tiny: Surrogate, x: Tensor, e
     torch.testing.assert_close(found, expected + 10 * shift)
 
 
-def test_denoising_feature_draws_from_the_steps_of_each_picture(
-    tiny: Surrogate, x: Tensor, embedding: Embedding, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[int]] = []
-    monkeypatch.setattr(
-        type(tiny), "denoising_loss", lambda self, z, n, t, embedding: seen.append(t.tolist()) or torch.zeros(len(z))
-    )
-    objective = DenoisingFeature(tiny, embedding, x, [torch.arange(5), torch.arange(500, 503)], weight=0)
-    generator = seeded()
-    for _ in range(40):
-        objective(x, generator)
-    assert {first for first, _ in seen} == set(range(5))
-    assert {second for _, second in seen} == {500, 501, 502}
-
-
 def test_simac_keeps_the_steps_with_large_gradients(
     tiny: Surrogate, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
 
-    def falling(objective: DenoisingFeature, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        asked.append(int(objective.steps[0]))
+    def falling(objective: Denoising, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        asked.append(int(objective.draw.times[0]))
         return torch.full_like(x, 1000 - asked[-1]), torch.tensor([1000.0 - asked[-1]])
 
     monkeypatch.setattr(antidiffusion.recipes.simac, "gradient", falling)
@@ -91,11 +76,11 @@ def test_simac_perturbs_at_the_chosen_steps_only(
     def watched(*arguments: Any, **options: Any) -> DenoisingFeature:
         objective = DenoisingFeature(*arguments, **options)
         if objective.weight:
-            built.append(objective.steps)
+            built.append(objective.times)
         return objective
 
     monkeypatch.setattr(antidiffusion.recipes.simac, "DenoisingFeature", watched)
-    recipe = short("simac")
+    recipe = SHORT
     trace = run(recipe, tiny, canvas(pixels), canvas(pixels))
     ((first, second),) = built
     assert 940 <= len(first) <= 980 and 940 <= len(second) <= 980 and not torch.equal(first, second)
@@ -103,10 +88,9 @@ def test_simac_perturbs_at_the_chosen_steps_only(
 
 
 def test_the_total_follows_a_search_that_ends_early(tiny: Surrogate, pixels: np.ndarray) -> None:
-    recipe = short("simac", neighbourhood=480)
     totals: list[int] = []
     run(
-        replace(recipe, selection_steps=30),
+        replace(SHORT, selection_steps=30, neighbourhood=480),
         tiny,
         canvas(pixels),
         progress=lambda stage, done, total: totals.append(total),

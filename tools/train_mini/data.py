@@ -107,8 +107,19 @@ def draw(assets: Path, folder: Path, kind: str, chunk: int) -> None:
     store.done[chunk] = 1
 
 
+def missing(folder: Path, settings: DataSettings) -> list[tuple[str, int]]:
+    """Return the chunks that are not there, as kind and index: held-out people first, then all kinds side by side."""
+    chunks = {kind: np.flatnonzero(Store(folder, kind).done == 0) for kind in settings.counts()}
+    places = [
+        ((i + 0.5) / len(indices) * (kind != "held"), kind, int(chunk))
+        for kind, indices in chunks.items()
+        for i, chunk in enumerate(indices)
+    ]
+    return [(kind, chunk) for _, kind, chunk in sorted(places)]
+
+
 def draw_all(assets: Path, folder: Path, settings: DataSettings, workers: int, report: Callable[[int], object]) -> None:
-    """Draw what is missing, all kinds side by side and the held-out people first.
+    """Draw what is missing.
 
     Arguments:
         assets: Folder with model.npz and hair.npz.
@@ -120,19 +131,14 @@ def draw_all(assets: Path, folder: Path, settings: DataSettings, workers: int, r
     Raises:
         FileNotFoundError: If the assets are not there.
     """
-    from portraits.dataset import run
-
     for name in ("model.npz", "hair.npz"):
         if not (assets / name).exists():
-            raise FileNotFoundError(
-                f"expected {assets / name}, found nothing; run `python -m portraits assets {assets}`"
-            )
+            remedy = f"run `python -m portraits assets {assets}`"
+            raise FileNotFoundError(f"expected {assets / name}, found nothing; {remedy}")
+    from portraits.dataset import run
+
     create(folder, settings)
-    missing = []
-    for kind in settings.counts():
-        chunks = np.flatnonzero(Store(folder, kind).done == 0)
-        missing += [((i + 0.5) / len(chunks) * (kind != "held"), kind, int(chunk)) for i, chunk in enumerate(chunks)]
-    run(draw, [(assets, folder, kind, chunk) for _, kind, chunk in sorted(missing)], workers, report)
+    run(draw, [(assets, folder, *chunk) for chunk in missing(folder, settings)], workers, report)
 
 
 def wait(folder: Path, least: dict[str, int], alive: Callable[[], bool], seconds: float = 300.0) -> None:

@@ -310,12 +310,7 @@ def _resume(training: Training, folder: Path) -> tuple[int, float]:
         return 0, 0.0
     state = torch.load(path, map_location=training.average.updates.device, weights_only=True)
     for name, part in training.parts().items():
-        if name not in training.optimizers:
-            part.load_state_dict(state[name])
-    for name, optimizer in training.optimizers.items():
-        rate = optimizer.param_groups[0]["lr"]
-        optimizer.load_state_dict(state[name])
-        optimizer.param_groups[0]["lr"] = rate  # the tensor that the loop fills, not a copy
+        part.load_state_dict(state[name])
     training.generator.set_state(state["generator"].cpu())
     return state["steps"], state["seconds"]
 

@@ -121,7 +121,6 @@ def drawing(surrogate: Surrogate, data: Path, settings: MeasureSettings, sheet: 
     return {
         "samples": len(x),
         "faces": faces_found(x.mul(255).round().byte().permute(0, 2, 3, 1).numpy()),
-        "faces_of_renders": faces_found(store.pictures[rows]),
         "attributes": {name: statistics.mean(values) for name, values in hits.items() if values},
         "attributes_all": statistics.mean(hit for values in hits.values() for hit in values),
     }
@@ -162,6 +161,8 @@ def measure(
         kind: sensitivity(spaces, x[: settings.attacked], settings, generator) for kind, x in pictures.items()
     }
     write()
+    store = Store(data, "held")
+    result["faces_of_renders"] = faces_found(store.pictures[store.rows()])
     for name, folder in packages.items():
         surrogate = Surrogate.from_pretrained(str(folder)).to(machine.device)
         result[name] = drawing(surrogate, data, settings, out.with_name(f"{name}.png"))

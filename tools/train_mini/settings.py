@@ -38,8 +38,8 @@ class EncoderSettings:
         radius: Smallest and largest L-infinity radius of attacks and noise, in steps of 1/255.
     """
 
-    batch: dict[str, int] = field(default_factory=lambda: {"portraits": 36, "textures": 20, "text": 8})
-    attacked: int = 24
+    batch: dict[str, int] = field(default_factory=lambda: {"portraits": 24, "textures": 12, "text": 4})
+    attacked: int = 18
     attack_steps: int = 3
     radius: tuple[float, float] = (2.0, 16.0)
     rate: float = 1e-3
@@ -109,7 +109,7 @@ class MeasureSettings:
     radii: tuple[int, ...] = (4, 8, 16)
     attack_steps: int = 14
     samples: int = 256
-    batch: int = 32
+    batch: int = 64
     sampling_steps: int = 25
     guidance: float = 4.0
 

@@ -29,8 +29,14 @@ def sample(
     output: Output,
     model: Model = "mini",
     model_config: ModelConfig = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 5,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Default: 25, or fewer where a model needs fewer."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale of guidance. Default: 5, or less where a model takes less."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = DType.auto,
@@ -44,7 +50,8 @@ def sample(
 
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
         with _reporting("drawing") as progress:
-            options: dict[str, Any] = {"steps": steps, "guidance": guidance, "progress": progress}
+            scale = min(5, surrogate.guidance) if guidance is None else guidance
+            options: dict[str, Any] = {"steps": steps, "guidance": scale, "progress": progress}
             x = sampled(prompts, surrogate, Generator().manual_seed(seed), **options)
         _write(x, output, overwrite)
     print(output)
@@ -60,7 +67,7 @@ def edit(
     mask: Annotated[Path | None, typer.Option(help="Picture of the same size, white where inpaint redraws.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the noising, in (0, 1].")] = None,
     guidance: Guidance = None,
-    steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the whole way. Default: the model's usual number.")] = None,
     model: Model = "mini",
     model_config: ModelConfig = None,
     seed: Seed = 0,

@@ -11,7 +11,17 @@ import typer
 from rich.progress import Progress
 
 from antidiffusion.cli import shared
-from antidiffusion.cli.shared import MAX_SEED, MINI_NOTE, DType, app, progress_bar, stderr, usage, with_options
+from antidiffusion.cli.shared import (
+    LATENTS_NOTE,
+    MAX_SEED,
+    MINI_NOTE,
+    DType,
+    app,
+    progress_bar,
+    stderr,
+    usage,
+    with_options,
+)
 from antidiffusion.cli.telling import Teller, expect_room_for_all, streams
 from antidiffusion.failures import printable
 
@@ -42,17 +52,22 @@ def protect(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Surrogate: hub id, diffusers folder, .safetensors file, or mini.")
-    ] = "mini",
+        str,
+        typer.Option(
+            help="Surrogate: hub id, diffusers folder, .safetensors file, mini, latents (public encoders of four "
+            "families) or latents:sd+flux (some of them)."
+        ),
+    ] = "latents",
     model_config: Annotated[
         str | None, typer.Option(help="Diffusers folder or hub id with a single file's configuration.")
     ] = None,
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="anti-diffusion, official, another protection of the field such as aspl or mist, or random-sign."
+            help="anti-diffusion, latents, official, another protection of the field such as aspl or mist, or "
+            "random-sign. Default: latents for latent spaces, anti-diffusion for a model."
         ),
-    ] = "anti-diffusion",
+    ] = None,
     budget: Annotated[float, typer.Option(help="Largest change of any channel of any pixel, in 1/255 (1 to 64).")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Ascent steps of each phase.")] = None,
     rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of surrogate tuning and ascent.")] = None,
@@ -103,6 +118,7 @@ def protect(
     with usage(), Teller(log) as teller:
         from antidiffusion.batch import Settings, run
         from antidiffusion.folders import plan
+        from antidiffusion.models.latents import names_latents
         from antidiffusion.pictures.picture import Picture
         from antidiffusion.workers import spread
 
@@ -119,11 +135,12 @@ def protect(
             "--tuning-steps": tuning_steps,
             "--tuning": None if tuning is Tuning.auto else tuning.value,
         }
+        recipe = recipe or ("latents" if names_latents(model) else "anti-diffusion")
         chosen = choose_recipe(recipe, "quick" if quick else "strong" if strong else None, options)
         if dry_run and not hasattr(chosen, "counts"):
-            raise ValueError(f"expected --dry-run with anti-diffusion or official, got {recipe}; leave it out")
+            raise ValueError(f"expected --dry-run with anti-diffusion, latents or official, got {recipe}; leave it out")
         suffix = ".jpg" if jpeg else f".{format_}" if format_ else None
-        with streams(inputs, output, suffix) as (sources, destination, pour):
+        with streams(inputs, output, suffix, teller) as (sources, destination, pour):
             planned = plan(sources, destination, suffix=suffix)
             if mask is not None:
                 Picture.read(mask)  # better now than after the first picture
@@ -137,6 +154,7 @@ def protect(
                 model_config,
                 device,
                 dtype,
+                encoders=True,
                 full_tuning=recipe == "official" or tuning is Tuning.full,
                 low_memory=low_memory,
             )
@@ -145,8 +163,8 @@ def protect(
                 raise typer.Exit(1 if teller.counts["failed"] else 0)
             expect_room_for_all(planned.jobs, resize)
             surrogate = load() if jobs == 1 else None
-            if model == "mini":
-                stderr.print(MINI_NOTE, style="yellow")
+            if model == "mini" or names_latents(model):
+                stderr.print(MINI_NOTE if model == "mini" else LATENTS_NOTE, style="yellow")
             with progress_bar() as bar:
                 hook = moving(bar, len(planned.jobs), together)
                 if surrogate is None:
@@ -242,8 +260,8 @@ def choose_recipe(name: str, preset: str | None, options: dict[str, Any]) -> Any
 
     if name not in RECIPES:
         raise ValueError(f"expected a recipe of {', '.join(RECIPES)}, got {name!r}; check the spelling")
-    if preset and name != "anti-diffusion":
-        raise ValueError(f"expected --{preset} with the recipe anti-diffusion, got {name}; leave it out")
-    recipe: Any = PRESETS[preset] if preset else RECIPES[name]
+    if preset and name not in PRESETS:
+        raise ValueError(f"expected --{preset} with a recipe of {', '.join(PRESETS)}, got {name}; leave it out")
+    recipe: Any = PRESETS[name][preset] if preset else RECIPES[name]
     Linf(options["--budget"])
     return with_options(recipe, f"the recipe {name}", options)

@@ -1,6 +1,7 @@
 """What `antidiffusion protect` says: a line or a card for each picture, a log, and in the end a table."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ class Teller:
         self.left: Counter[str] = Counter()
         self.there: list[Any] = []  # outcomes whose card is on the disk, without the card
         self.largest, self.psnr, self.seconds = 0, 0.0, 0.0
+        self.hidden = ""  # the folder in which files stand for streams
         self._path = log
         self._log: TextIO | None = None
 
@@ -60,8 +62,9 @@ class Teller:
 
     def warn(self, text: str, style: str) -> None:
         """Say a line on standard error and in the log."""
-        say(text, style)
+        text = text.replace(self.hidden, "") if self.hidden else text
         self.note(text)
+        say(text, style)
 
     def left_out(self, left: Iterable[Any]) -> None:
         """Name what a folder holds and is not protected."""
@@ -93,7 +96,7 @@ class Teller:
             self.seconds += card["cost"]["seconds"]
             self.note(f"protected: {path}: {card['budget']['measured']}/255, {card['cost']['seconds']:.1f} s")
             if quiet:
-                stderr.print(json.dumps(card), soft_wrap=True)
+                stderr.print(json.dumps({name: value for name, value in card.items() if name != "source"}))
             else:
                 print(json.dumps({"path": path} | card) if as_json else summary(path, card), flush=True)
 
@@ -139,13 +142,14 @@ class Teller:
 
 @contextmanager
 def streams(
-    inputs: Sequence[Path], output: Path | None, suffix: str | None
+    inputs: Sequence[Path], output: Path | None, suffix: str | None, teller: Teller
 ) -> Iterator[tuple[Sequence[Path], Path | None, Callable[[], None] | None]]:
     """Give files in the place of standard input and output, in a folder that nobody else can read and that goes again.
 
     Arguments:
         inputs, output: As given; `-` is a stream. One picture from standard input goes to standard output.
         suffix: Of the output.
+        teller: Is told which folder to say nothing of.
 
     Yields:
         What stands for inputs and output, and a function that writes the result to standard output, if it goes there.
@@ -161,6 +165,7 @@ def streams(
         raise ValueError("expected one picture with -, got several; name files and a folder for them")
     with TemporaryDirectory(prefix="antidiffusion-") as folder:
         source, target = inputs[0], output
+        teller.hidden = f"{folder}{os.sep}"
         if source == STREAM:
             source = Path(folder) / "standard input"
             source.write_bytes(sys.stdin.buffer.read())
@@ -207,8 +212,6 @@ def summary(path: str, card: dict[str, Any]) -> str:
         return "undefined" if value is None else format(value, form)
 
     budget, effect, fidelity, cost = card["budget"], card["effect"], card["fidelity"], card["cost"]
-    before, after = (number(effect[f"denoising_loss_{name}"], ".4f") for name in ("before", "after"))
-    ratio = number(effect["denoising_loss_ratio"], ".2f")
     allowed = f"{budget['requested']:g}/255 allowed"
     if "allowed_as_jpeg" in budget:
         allowed += f", {budget['allowed_as_jpeg']:g}/255 as JPEG of quality {budget['jpeg_quality']}"
@@ -216,10 +219,23 @@ def summary(path: str, card: dict[str, Any]) -> str:
         printable(path),
         f"  budget     {budget['measured']}/255 measured on the written file, {allowed}",
         f"  fidelity   PSNR {number(fidelity['psnr'], '.1f')} dB, SSIM {number(fidelity['ssim'], '.3f')}",
-        f"  loss       {before} -> {after} ({ratio}x; fresh noise, prompt '{effect['prompt']}')",
-        f"  attention  {number(effect['attention_mass_moved'], '.1%')} of the mass moved",
+        *effects(effect, number),
         f"  cost       {cost['seconds']:.1f} s, {cost['peak_memory_mb']} MB peak",
         f"  recipe     {card['recipe']['name']}, seed {card['seed']}, model {card['model']['name']} "
         f"{card['model']['sha256'][:12]}",
     ]
     return "\n".join(lines + [f"  note       {printable(note)}" for note in card["picture"]["notes"]])
+
+
+def effects(effect: dict[str, Any], number: Callable[[float | None, str], str]) -> list[str]:
+    """Render what the model, or the latent spaces, make of the protected picture."""
+    if "latent_shift" in effect:
+        noise = effect["latent_shift_of_random_signs"]
+        moved = (f"{name} {value:.2f} ({noise[name]:.2f})" for name, value in effect["latent_shift"].items())
+        return [f"  latents    moved by this share of their variance (random signs): {', '.join(moved)}"]
+    before, after = (number(effect[f"denoising_loss_{name}"], ".4f") for name in ("before", "after"))
+    ratio = number(effect["denoising_loss_ratio"], ".2f")
+    return [
+        f"  loss       {before} -> {after} ({ratio}x; fresh noise, prompt '{effect['prompt']}')",
+        f"  attention  {number(effect['attention_mass_moved'], '.1%')} of the mass moved",
+    ]

@@ -9,7 +9,9 @@ import torch
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError, first_line, read_json
 from antidiffusion.models.kinds import Kind, classify
+from antidiffusion.models.latents import LatentSpaces, load_latents, names_latents
 from antidiffusion.models.precision import device_of, dtypes_of
+from antidiffusion.models.streaming import stream
 from antidiffusion.models.weights import locate
 from antidiffusion.process import uncollected
 
@@ -24,6 +26,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     full_tuning: bool = False,
+    low_memory: bool = False,
     config: str | None = None,
     offline: bool = False,
 ) -> Surrogate:
@@ -36,6 +39,7 @@ def load(
         dtype: Of the weights: "float32", "bfloat16", "float16", "mixed" (float32 weights that compute in bfloat16), a
             torch.dtype, or "auto".
         full_tuning: Whether the model's own weights will be tuned, for which half precision is too coarse.
+        low_memory: Hold a transformer's blocks one at a time, for good: an accelerator never holds them together.
         config: Diffusers folder or hub id with the configuration and tokenizer of a single file.
         offline: Use only what is on this machine.
 
@@ -44,6 +48,11 @@ def load(
             or no number.
         ValueError: If there is no such device or dtype.
     """
+    if names_latents(model):
+        raise WeightsError(
+            f"expected a whole model, got {model}, which has encoders only: pictures can be protected with it, not "
+            "drawn, edited or tuned to; name another model"
+        )
     where = device_of(device)
     with uncollected():
         location = locate(model, config=config, offline=offline)
@@ -52,9 +61,20 @@ def load(
         weights, autocast = dtypes_of(dtype, where, small=small, full_tuning=full_tuning)
         kind = classify(location)
         build = import_module(kind.row.module).build
-        surrogate: Surrogate = build(kind.scheduler, name=model, autocast=autocast, **_parts(kind, weights)).to(where)
-        trial(surrogate)
+        surrogate: Surrogate = build(kind.scheduler, name=model, autocast=autocast, **_parts(kind, weights))
+        if low_memory and surrogate.blocks:
+            _ = surrogate.sha256  # of all weights: most are gone from here on
+            stream(surrogate, where)
+        trial(surrogate.to(where))
     return surrogate
+
+
+def load_protector(model: str, *, device: str | torch.device = "auto", **options: Any) -> Surrogate | LatentSpaces:
+    """Load what pictures can be protected with: a model, see `load`, or latent spaces, see `load_latents`."""
+    if not names_latents(model):
+        return load(model, device=device, **options)
+    with uncollected():
+        return load_latents(model, device=device_of(device), offline=options.get("offline", False))
 
 
 def _parts(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:

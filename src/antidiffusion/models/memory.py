@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import LatentSpaces
 from antidiffusion.models.streaming import streamed
 
 
@@ -134,14 +135,20 @@ def checkpointed(denoiser: Any, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def low_memory(surrogate: Surrogate) -> Iterator[None]:
+def low_memory(surrogate: Surrogate | LatentSpaces) -> Iterator[None]:
     """Protect with less memory and more time inside the block.
 
     Activations are recomputed in the backward pass, a transformer's blocks are held one at a time, and the text
     encoders and the decoder, which most stages do not need, are on disk, see `parked`.
     """
+    from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
     from diffusers.models.resnet import ResnetBlock2D
 
+    if isinstance(surrogate, LatentSpaces):
+        blocks = [block for module in surrogate.modules for block in module.modules()]
+        with recomputed([block for block in blocks if isinstance(block, AutoencoderTinyBlock)]):
+            yield
+        return
     residuals = [module for module in surrogate.vae.encoder.modules() if isinstance(module, ResnetBlock2D)]
     with (
         streamed(surrogate),

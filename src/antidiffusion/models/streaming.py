@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from antidiffusion.models.base import Surrogate
 
+Folder = tempfile.TemporaryDirectory[str]
+
 
 def is_parked(weight: Tensor) -> bool:
     """Say whether a weight is not there: its one number stands at every place."""
@@ -29,25 +31,26 @@ class Parked:
     Arguments:
         block: Part of a model.
         device: Where it runs.
-        file: Where its weights wait; None for the host's memory.
+        folder: Where its weights wait, and which is there as long as this; None for the host's memory.
 
     Raises:
         OSError: If the disk of temporary files is full.
     """
 
-    def __init__(self, block: nn.Module, device: torch.device, file: Path | None) -> None:
+    def __init__(self, block: nn.Module, device: torch.device, folder: Folder | None) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._weights = dict(block.named_parameters())
-        self._depth, self._kept, self._file = 0, False, file
+        self._depth, self._kept, self._folder = 0, False, folder
         self._host: dict[str, Tensor] = {}
         held = {name: weight.data.cpu().contiguous() for name, weight in self._weights.items()}
-        if file is None:
+        if folder is None:
             self._host = held
         else:
+            self._file = Path(folder.name, f"{id(block)}.safetensors")
             try:
-                save_file(held, file)
+                save_file(held, self._file)
             except (SafetensorError, OSError) as error:
                 raise OSError(
                     errno.ENOSPC, "no room for the weights of a block; set TMPDIR", tempfile.gettempdir()
@@ -73,7 +76,7 @@ class Parked:
     def _read(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        return self._host if self._file is None else load_file(self._file)  # mapped, not read, until it is used
+        return self._host if self._folder is None else load_file(self._file)  # mapped, not read, until it is used
 
     def _release(self) -> None:
         for weight in self._weights.values():
@@ -92,7 +95,7 @@ class Parked:
             hook.remove()
         if not self._depth:
             self.__enter__()
-        if self._file is not None:  # what is mapped would go with its file
+        if self._folder:  # what is mapped would go with its file
             for weight in self._weights.values():
                 weight.data = weight.data.clone()
 
@@ -153,7 +156,7 @@ def stream(surrogate: Surrogate, device: torch.device) -> Callable[[], None]:
     denoiser, blocks = surrogate.denoiser, surrogate.blocks
     if not blocks or is_streamed(surrogate):
         return lambda: None
-    folder = tempfile.TemporaryDirectory(prefix="antidiffusion-") if device.type == "cpu" else None
+    folder = Folder(prefix="antidiffusion-") if device.type == "cpu" else None
     parked: dict[nn.Module, Parked] = {}
 
     def alone(block: nn.Module, *inputs: Any) -> Any:
@@ -169,8 +172,8 @@ def stream(surrogate: Surrogate, device: torch.device) -> Callable[[], None]:
 
     before = denoiser.gradient_checkpointing, getattr(denoiser, "_gradient_checkpointing_func", None)
     try:
-        for i, block in enumerate(blocks):
-            parked[block] = Parked(block, device, Path(folder.name, f"{i}.safetensors") if folder else None)
+        for block in blocks:
+            parked[block] = Parked(block, device, folder)
     except OSError:
         restore()
         raise

@@ -7,6 +7,7 @@ from antidiffusion.recipes.anti_dreambooth import ASPL, FSMG
 from antidiffusion.recipes.attention import Attention
 from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Recipe, Trace, posteriors
 from antidiffusion.recipes.diffusion_guard import DiffusionGuard
+from antidiffusion.recipes.latents import Latents
 from antidiffusion.recipes.mist import Mist
 from antidiffusion.recipes.official import OfficialAntiDiffusion
 from antidiffusion.recipes.photoguard import PhotoGuard
@@ -28,6 +29,7 @@ __all__ = [
     "AntiDiffusion",
     "Attention",
     "DiffusionGuard",
+    "Latents",
     "Mist",
     "OfficialAntiDiffusion",
     "PhotoGuard",
@@ -56,9 +58,13 @@ RECIPES: dict[str, Recipe] = {
     "simac": SimAC(),
     "diffusion-guard": DiffusionGuard(),
     "attention": Attention(),
+    "latents": Latents(),
 }
 
-PRESETS: dict[str, AntiDiffusion] = {
-    "quick": AntiDiffusion(rounds=0, steps=25, tuning_steps=0),
-    "strong": AntiDiffusion(rounds=7),
+PRESETS: dict[str, dict[str, Recipe]] = {
+    "anti-diffusion": {
+        "quick": AntiDiffusion(rounds=0, steps=25, tuning_steps=0),
+        "strong": AntiDiffusion(rounds=7),
+    },
+    "latents": {"quick": Latents(steps=12), "strong": Latents(steps=48)},
 }
