@@ -112,12 +112,12 @@ def test_one_photo_alone(loaded: Path) -> None:
     ("options", "recipe"),
     [
         ([], RECIPES["anti-diffusion"]),
-        (["--quick"], PRESETS["quick"]),
+        (["--quick"], PRESETS["anti-diffusion"]["quick"]),
         (["--strong", "--budget", "4"], AntiDiffusion(rounds=7, budget=4)),
         (["--quick", "--rounds", "2", "--steps", "1"], AntiDiffusion(rounds=2, steps=1, tuning_steps=0)),
         (
-            ["--tuning-steps", "5", "--tuning", "lora", "--low-memory"],
-            AntiDiffusion(tuning_steps=5, tuning="lora", low_memory=True),
+            ["--tuning-steps", "5", "--tuning", "lora"],
+            AntiDiffusion(tuning_steps=5, tuning="lora"),
         ),
         (["--recipe", "official", "--budget", "7.5"], OfficialAntiDiffusion(budget=7.5)),
         (["--recipe", "random-sign", "--budget", "1"], RandomSign(1)),

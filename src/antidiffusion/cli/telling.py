@@ -63,8 +63,8 @@ class Teller:
     def warn(self, text: str, style: str) -> None:
         """Say a line on standard error and in the log."""
         text = text.replace(self.hidden, "") if self.hidden else text
-        say(text, style)
         self.note(text)
+        say(text, style)
 
     def left_out(self, left: Iterable[Any]) -> None:
         """Name what a folder holds and is not protected."""
