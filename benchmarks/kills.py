@@ -36,7 +36,19 @@ from antidiffusion.models.base import Surrogate
 RESULT = Path(__file__).parent / "results" / "kills.json"
 PICTURES = 8
 WAYS = ("SIGKILL", "SIGTERM", "SIGHUP", "full disk")
-PROTECT = ["antidiffusion", "protect", "photos", "-o", "out", "--recipe", "random-sign", "--model", "loaded", "--side", "64"]
+PROTECT = [
+    "antidiffusion",
+    "protect",
+    "photos",
+    "-o",
+    "out",
+    "--recipe",
+    "random-sign",
+    "--model",
+    "loaded",
+    "--side",
+    "64",
+]
 
 
 def child(work: Callable[[], None]) -> int:

@@ -36,11 +36,9 @@ SIGNATURES = (  # where in a file's first bytes, what stands there, and the form
     (0, b"II+\0", "BigTIFF"),
     (0, b"MM\0+", "BigTIFF"),
 )
-BY_CONTENT = frozenset({"PNG", "JPEG", "WebP", "TIFF", "GIF"})
+BY_CONTENT = frozenset({"PNG", "JPEG", "WebP", "TIFF", "GIF", "AVIF", "HEIC"})
 """Formats that are taken whatever a file is called."""
 BY_SUFFIX = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
-    **dict.fromkeys((".avif", ".avifs"), "AVIF"),
     **dict.fromkeys((".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"), "raw"),
     **dict.fromkeys((".psd", ".psb"), "Photoshop"),
     ".jxl": "JPEG XL",

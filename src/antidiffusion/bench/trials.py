@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Prompts, usual
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
 from antidiffusion.attacks.purify import PURIFIERS, vae_round_trip
 from antidiffusion.bench.instruments import Instruments, Metrics
