@@ -22,7 +22,7 @@ class DataSettings:
 
 
 def shared(batch: dict[str, int], total: int) -> dict[str, int]:
-    """Share `total` pictures among the kinds of a batch in its proportions, at least one of each, the rest of the first.
+    """Share `total` pictures among the kinds of a batch in its proportions, one of each at least; the first is largest.
 
     Raises:
         ValueError: If there are more kinds than pictures.
