@@ -27,15 +27,16 @@ import numpy as np
 from PIL import Image
 
 import antidiffusion.card
+import antidiffusion.workers  # here, and not in every fork
 from antidiffusion.card import card_path, read_card, versions
 from antidiffusion.cli import main as command
 from antidiffusion.cli import shared
 from antidiffusion.models.base import Surrogate
 
 RESULT = Path(__file__).parent / "results" / "kills.json"
-PICTURES = 12
+PICTURES = 8
 WAYS = ("SIGKILL", "SIGTERM", "SIGHUP", "full disk")
-PROTECT = ["antidiffusion", "protect", "photos", "-o", "out", "--recipe", "random-sign", "--model", "loaded"]
+PROTECT = "antidiffusion protect photos -o out --recipe random-sign --model loaded --side 64"
 
 
 def child(work: Callable[[], None]) -> int:
@@ -63,7 +64,7 @@ def protect(limit: int | None = None) -> Callable[[], None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-        sys.argv = PROTECT
+        sys.argv = PROTECT.split()
         command()
 
     return work

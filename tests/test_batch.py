@@ -1,3 +1,8 @@
+import os
+import random
+import resource
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from antidiffusion.folders import Job
 from antidiffusion.folders import plan as planned
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.picture import Picture, linf
+from antidiffusion.process import stop_as_by_ctrl_c
 from antidiffusion.recipes import AntiDiffusion, RandomSign
 
 WHOLE = AntiDiffusion(steps=1, rounds=1, prompt_steps=1, tuning_steps=1)
@@ -213,14 +219,13 @@ def test_a_smaller_picture(photos: Path, tiny: Surrogate) -> None:
     first, second = outcomes(plan([photos], Path("out")), tiny, RandomSign(), resize=128)
     assert first.card and second.card
     assert (first.card["picture"]["width"], first.card["picture"]["height"]) == (128, 64)
-    assert "resized from 200 x 100 to 128 x 64; the budget is measured" in first.card["picture"]["notes"][0]
+    assert first.card["picture"]["notes"] == ["resized from 200 x 100 to 128 x 64"]
+    assert first.card["budget"]["measured_against"] == "the resized original"
     assert first.card["budget"]["measured"] == 8
     assert Image.open("out/a.png").size == (128, 64)
     assert second.card["picture"]["notes"] == []  # small enough
-    (found,) = outcomes(plan([photos / "a.png"], Path("other")), tiny, RandomSign(), resize=127)
-    assert "expected 64 px or more on each side, got 127 x 64 from 200 x 100" not in str(found.error)
-    (found,) = outcomes(plan([photos / "a.png"], Path("other2")), tiny, RandomSign(), resize=100)
-    assert "expected 64 px or more on each side, got 100 x 50 from 200 x 100; use a larger --resize" in str(found.error)
+    (found,) = outcomes(plan([photos / "a.png"], Path("other")), tiny, RandomSign(), resize=100)
+    assert "expected at least 64 px on each side, got 100 x 50 after resizing" in str(found.error)
 
 
 def test_a_jpeg_has_a_bound_of_its_own(photos: Path, tiny: Surrogate) -> None:
@@ -273,3 +278,41 @@ def test_numbers_that_are_none(photos: Path, sd15: Any) -> None:
             assert "expected finite numbers in the" in str(found.error)
             assert "try --dtype float32" in str(found.error)
             assert not list(Path("out").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that is killed while it works")
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM", "SIGHUP", "full disk"])
+def test_whatever_ends_a_run_the_next_one_completes_it(photos: Path, tiny: Surrogate, stop: str) -> None:
+    """benchmarks/kills.py does this a hundred times with the whole command."""
+    for number in range(4):
+        draw(photos / f"c{number}.png", 5 + number)
+    jobs = plan([photos], Path("whole"))
+    whole = {o.job.target.relative_to("whole"): o.job.target.read_bytes() for o in outcomes(jobs, tiny, RandomSign())}
+    jobs = plan([photos], Path("out"))
+    draws = random.Random(stop)
+    child = os.fork()
+    if not child:
+        try:
+            for name in ("SIGTERM", "SIGHUP"):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+            stop_as_by_ctrl_c()
+            if stop == "full disk":
+                limit = draws.randrange(max(map(len, whole.values())))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            outcomes(jobs, tiny, RandomSign())
+        finally:
+            os._exit(0)
+    if stop != "full disk":
+        while not any(job.target.exists() for job in jobs):  # then somewhere in the next pictures
+            time.sleep(0.001)
+        time.sleep(draws.uniform(0, 0.2))
+        os.kill(child, getattr(signal, stop))
+    os.waitpid(child, 0)
+    for job in jobs:
+        if job.target.exists():
+            assert job.target.read_bytes() == whole[job.target.relative_to("out")]
+            assert read_card(job.target)
+    assert {o.kind for o in outcomes(jobs, tiny, RandomSign())} <= {"done", "finished"}
+    assert {job.target.relative_to("out"): job.target.read_bytes() for job in jobs} == whole
+    assert all(read_card(job.target) for job in jobs)
+    assert not [path for path in Path("out").rglob("*") if path.name.startswith(".")]

@@ -126,17 +126,15 @@ def test_metadata_travels(tmp_path: Path, tiny: Surrogate, suffix: str) -> None:
     exif[ExifTags.Base.Artist] = "Somebody"
     exif[ExifTags.IFD.GPSInfo] = {1: "N", 2: (1.0, 2.0, 3.5)}
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/">é</x:xmpmeta>'.encode()
     source, target = tmp_path / "in.jpg", tmp_path / f"out{suffix}"
-    Image.fromarray(draw()).save(source, exif=exif, icc_profile=icc, xmp=xmp)
+    Image.fromarray(draw()).save(source, exif=exif, icc_profile=icc)
 
     protect([source], CHEAP, surrogate=tiny)[0].save(target)
 
     with Image.open(target) as image:
         assert image.info["icc_profile"] == icc
-        assert image.info["xmp"] == xmp
         assert image.getexif()[ExifTags.Base.Artist] == "Somebody"
-        assert image.getexif().get_ifd(ExifTags.IFD.GPSInfo)[2] == (1.0, 2.0, 3.5)
+        assert not image.getexif().get_ifd(ExifTags.IFD.GPSInfo), "where it was taken is left out"
 
 
 @pytest.mark.parametrize("recipe", [CHEAP, WHOLE, RandomSign()], ids=repr)

@@ -49,7 +49,7 @@ def sentence(error: BaseException, path: object = None) -> str:
 
     Arguments:
         error: What was raised.
-        path: What could not be written, for an error of the system that names no file.
+        path: What could not be written; else the file that an error of the system names.
     """
     if is_out_of_memory(error):
         return (
@@ -57,7 +57,7 @@ def sentence(error: BaseException, path: object = None) -> str:
             "fewer --jobs or pictures at a time, where the command has them"
         )
     if isinstance(error, OSError):
-        where = error.filename or path or "disk"
+        where = path or error.filename or "disk"
         return f"{where}: expected a place to write to, got {error.strerror or str(error)!r}; choose another output"
     return str(error) or type(error).__name__
 

@@ -96,6 +96,12 @@ class Family:
     optional: frozenset[str] = frozenset()
     side: int | None = None
 
+    def class_of(self, part: str) -> tuple[str, str]:
+        """Return the library and the class of a part that has weights."""
+        if part in self.encoders:
+            return "transformers", self.encoders[part]
+        return "diffusers", self.denoiser[1] if part == self.denoiser[0] else "AutoencoderKL"
+
 
 def _unet_widths(configs: Configs) -> str | None:
     unet, encoders = configs["unet"], [config for part, config in configs.items() if part.startswith("text_encoder")]

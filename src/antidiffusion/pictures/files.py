@@ -55,11 +55,17 @@ def atomic(*targets: Path, overwrite: bool = False) -> Iterator[tuple[Path, ...]
 
 
 def expect_new(*paths: Path, overwrite: bool) -> None:
-    """Raise PictureError if a file to be written is a folder, or exists and may not be replaced."""
+    """Raise PictureError if a file to be written is a folder, exists and may not be replaced, or cannot exist."""
     for path in paths:
-        if path.is_dir():
+        try:
+            is_there, is_folder = path.exists(), path.is_dir()
+        except OSError as error:  # a name that is too long
+            raise PictureError(
+                f"{path}: expected a name that can be written, got {error.strerror!r}; choose another"
+            ) from error
+        if is_folder:
             raise PictureError(f"{path}: expected a file's name, got a directory's; choose another")
-        if not overwrite and path.exists():
+        if is_there and not overwrite:
             raise PictureError(f"{path}: expected a new file, got an existing one; use --overwrite or another name")
 
 
