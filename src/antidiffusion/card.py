@@ -128,7 +128,8 @@ def effect(surrogate: Surrogate, clean: Tensor, protected: Tensor, seed: int) ->
 
     Returns:
         Denoising loss before and after with a held-out prompt and their ratio; share of the cross-attention mass that
-        moved to another token (total variation, 0 to 1), and the begin-of-text token's share before and after.
+        moved to another token (total variation, 0 to 1; where the softmax is joint, to another token or between text
+        and picture), and the first token's share before and after: CLIP's begin of text.
 
     Raises:
         NotFiniteError: If the model's answers are no numbers.
@@ -147,7 +148,10 @@ def effect(surrogate: Surrogate, clean: Tensor, protected: Tensor, seed: int) ->
                 total += surrogate.denoising_loss(z, n, step, embedding).item() / len(t)
             maps.append(mean_map(recorded))
         losses.append(total)
-        attention.append(torch.cat(maps))
+        mass = torch.cat(maps)
+        if surrogate.joint:  # what a row has on the picture is one more place
+            mass = torch.cat([mass, 1 - mass.sum(-1, keepdim=True)], -1)
+        attention.append(mass)
     for values in (torch.tensor(losses), *attention):
         expect_finite(values, "the model's answers to the picture")
     return {
