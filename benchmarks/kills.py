@@ -36,19 +36,7 @@ from antidiffusion.models.base import Surrogate
 RESULT = Path(__file__).parent / "results" / "kills.json"
 PICTURES = 8
 WAYS = ("SIGKILL", "SIGTERM", "SIGHUP", "full disk")
-PROTECT = [
-    "antidiffusion",
-    "protect",
-    "photos",
-    "-o",
-    "out",
-    "--recipe",
-    "random-sign",
-    "--model",
-    "loaded",
-    "--side",
-    "64",
-]
+PROTECT = "antidiffusion protect photos -o out --recipe random-sign --model loaded --side 64"
 
 
 def child(work: Callable[[], None]) -> int:
@@ -76,7 +64,7 @@ def protect(limit: int | None = None) -> Callable[[], None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-        sys.argv = PROTECT
+        sys.argv = PROTECT.split()
         command()
 
     return work

@@ -128,8 +128,8 @@ def left(folder: Path) -> dict[str, str]:
 
 
 def test_what_is_left_out_is_named(photos: Path) -> None:
-    (photos / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    (photos / "IMG_1").write_bytes(b"\0\0\0\x1cftypavif")
+    (photos / "a.psd").touch()
+    (photos / "IMG_1").write_bytes(b"\xff\x0a")
     (photos / "b.nef").write_bytes(b"MM\0*")
     (photos / "layers.dat").write_bytes(b"8BPS\0\1")
     (photos / "elsewhere").symlink_to("trip")
@@ -142,8 +142,8 @@ def test_what_is_left_out_is_named(photos: Path) -> None:
     assert left(photos) == {
         ".thumbs": "hidden",
         "._a.jpg": "hidden",
-        "IMG_1": "AVIF format",
-        "a.heic": "HEIC format",
+        "IMG_1": "JPEG XL format",
+        "a.psd": "Photoshop format",
         "b.nef": "raw format",
         "layers.dat": "Photoshop format",
         "elsewhere": "link to a folder",
@@ -151,7 +151,7 @@ def test_what_is_left_out_is_named(photos: Path) -> None:
     }
     found = plan([photos], None)
     assert len(found.jobs) == 2
-    assert counted(found.left).startswith("1 AVIF format, 1 HEIC format, 1 Photoshop format, 2 hidden, 1 link to a")
+    assert counted(found.left).startswith("1 JPEG XL format, 2 Photoshop format, 2 hidden, 1 link to a")
 
 
 def test_a_picture_without_a_suffix_is_taken(photos: Path) -> None:
@@ -195,8 +195,8 @@ def test_a_folder_that_cannot_be_listed_is_named(photos: Path, monkeypatch: pyte
 
 def test_a_folder_of_nothing_else_says_what_it_has(photos: Path) -> None:
     (photos / "empty").mkdir()
-    (photos / "empty" / "a.heic").touch()
-    with pytest.raises(ValueError, match=r"got none in photos/empty but 1 HEIC format; check"):
+    (photos / "empty" / "a.jxl").touch()
+    with pytest.raises(ValueError, match=r"got none in photos/empty but 1 JPEG XL format; check"):
         jobs([photos / "empty"], None)
 
 

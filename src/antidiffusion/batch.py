@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from antidiffusion.card import card_path, read_card, relative
+from antidiffusion.card import card_path, is_marked, read_card, relative
 from antidiffusion.failures import FAILURES, sentence
 from antidiffusion.folders import Job, expect_nameable, make_writable, real
 from antidiffusion.models.base import Surrogate
@@ -19,9 +19,7 @@ from antidiffusion.pictures.errors import PictureError
 from antidiffusion.pictures.files import expect_new, tidy
 from antidiffusion.pictures.jpeg import SUFFIXES as JPEG
 from antidiffusion.pictures.jpeg import expect_jpeg
-from antidiffusion.pictures.mark import is_marked
-from antidiffusion.pictures.picture import Picture, linf
-from antidiffusion.pictures.resize import resized
+from antidiffusion.pictures.picture import Picture, check_writable, linf
 from antidiffusion.progress import Progress, silent
 from antidiffusion.protection import Protected, protect
 from antidiffusion.recipes import Recipe
@@ -38,6 +36,7 @@ class Settings:
         mask: A picture's file, as large as the others.
         resize: Longest side in pixels that a picture is scaled down to before it is protected; None for as it is.
         quality: Of JPEG outputs.
+        keep_location: Keep coordinates and names of places in the metadata.
         overwrite: Replace existing outputs.
         again: Protect pictures that this package made too, from their originals where these are.
     """
@@ -51,6 +50,7 @@ class Settings:
     low_memory: bool = False
     resize: int | None = None
     quality: int | None = None
+    keep_location: bool = False
     overwrite: bool = False
     again: bool = False
 
@@ -147,15 +147,15 @@ class Worker:
         """
         expect_nameable(job.target)
         self._expect_new(job.target)
-        picture = Picture.read(self._original(job.source))
+        picture = Picture.read(self._original(job.source), keep_location=self.settings.keep_location)
         if is_marked(picture) and not self.settings.again:
             raise OwnPictureError(own_sentence(job.source))
         if self.settings.resize is not None:
-            picture = resized(picture, self.settings.resize)
+            picture = picture.resized(self.settings.resize)
         if job.target.suffix.lower() in JPEG:
             expect_jpeg(picture, job.target)
         else:
-            picture._options(job.target)
+            check_writable(picture, job.target, overwrite=self.settings.overwrite)
         expect_room(job.target.parent, picture.pixels.nbytes)
         return picture
 
@@ -183,7 +183,7 @@ class Worker:
         try:
             clean, made = Picture.read(original), Picture.read(source)
             longest = max(made.pixels.shape)
-            return original if linf(resized(clean, longest), made) <= card["budget"]["measured"] else source
+            return original if linf(clean.resized(longest), made) <= card["budget"]["measured"] else source
         except (PictureError, ValueError, KeyError, TypeError):
             return source
 
@@ -208,6 +208,9 @@ class Worker:
         }
 
     def _save(self, job: Job, protected: Protected, identity: str | None) -> Outcome:
+        if any(note.startswith("resized from ") for note in protected.original.notes):
+            budget = protected.card["budget"] | {"measured_against": "the resized original"}
+            protected = replace(protected, card=protected.card | {"budget": budget})
         beside = {"source": relative(real(job.source), real(job.target).parent), "options": identity}
         named = replace(protected, card=beside | protected.card)
         try:

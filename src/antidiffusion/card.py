@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion import __version__
 from antidiffusion.failures import expect_finite
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.attention import mean_map, record_attention
@@ -22,6 +24,7 @@ from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.pictures.picture import Picture
 
+MARK = "protected_by"  # a field of `antidiffusion.pictures.metadata`
 HELD_OUT_PROMPT = "a photo of a person"  # no recipe tunes on it
 HELD_OUT_STEPS = 8  # stratified times of the card's losses
 HELD_OUT_STREAM = 0x9E3779B9  # flips bits among the 32 that a seed has for torch: no recipe draws this noise
@@ -40,6 +43,16 @@ def read_card(picture: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no card, or a JSON file of something else
         return None
     return card if known and picture.is_file() else None
+
+
+def marked(picture: Picture) -> Picture:
+    """Return the picture with the mark by which this package knows its own, even without the card."""
+    return replace(picture, metadata=picture.metadata.with_text(MARK, f"antidiffusion {__version__}"))
+
+
+def is_marked(picture: Picture) -> bool:
+    """Tell whether this package made the file that a picture was read from."""
+    return MARK in picture.metadata.texts
 
 
 def relative(path: Path, folder: Path) -> str:

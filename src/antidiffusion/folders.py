@@ -8,7 +8,6 @@ from tempfile import TemporaryFile
 
 from antidiffusion.card import card_path
 from antidiffusion.pictures.errors import PictureError
-from antidiffusion.pictures.jpeg import SUFFIXES as JPEG
 from antidiffusion.pictures.picture import READABLE, WRITERS
 
 SIGNATURES = (  # where in a file's first bytes, what stands there, and the format
@@ -36,11 +35,9 @@ SIGNATURES = (  # where in a file's first bytes, what stands there, and the form
     (0, b"II+\0", "BigTIFF"),
     (0, b"MM\0+", "BigTIFF"),
 )
-BY_CONTENT = frozenset({"PNG", "JPEG", "WebP", "TIFF", "GIF"})
+BY_CONTENT = frozenset({"PNG", "JPEG", "WebP", "TIFF", "GIF", "AVIF", "HEIC"})
 """Formats that are taken whatever a file is called."""
 BY_SUFFIX = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
-    **dict.fromkeys((".avif", ".avifs"), "AVIF"),
     **dict.fromkeys((".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"), "raw"),
     **dict.fromkeys((".psd", ".psb"), "Photoshop"),
     ".jxl": "JPEG XL",
@@ -185,9 +182,8 @@ def plan(inputs: Sequence[Path], output: Path | None, *, suffix: str | None = No
     left: list[Left] = []
     folders = [source for source in inputs if source.is_dir()]
     single = len(inputs) == 1 and not folders
-    known = READABLE | set(JPEG)
     # What exists decides; else a suffix tells a file from a folder.
-    to_file = bool(output and not output.is_dir() and (output.suffix if single else output.suffix.lower() in known))
+    to_file = bool(output and not output.is_dir() and (output.suffix if single else output.suffix.lower() in READABLE))
     if output and not single and (to_file or output.is_file()):
         raise ValueError(f"expected an output folder for several pictures, got {output}; name one without a suffix")
     ending = suffix or ".png"

@@ -16,7 +16,6 @@ from antidiffusion.card import relative
 from antidiffusion.failures import printable
 from antidiffusion.pictures.files import atomic
 from antidiffusion.pictures.picture import Bytes, Picture, PictureError
-from antidiffusion.pictures.resize import resized
 
 MAGNIFY = 8
 SIDE = 360
@@ -66,7 +65,7 @@ def shown(source: Path, target: Path, card: dict[str, Any], folder: Path) -> Sho
     made = Picture.read(target)
     name = printable(relative(target, folder))
     try:
-        clean = resized(Picture.read(source), max(made.pixels.shape))
+        clean = Picture.read(source).resized(max(made.pixels.shape))
     except PictureError:  # gone since
         return Shown(name, None, drawn(made.pixels), None, card)
     if clean.pixels.shape != made.pixels.shape:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Generator
 
-from antidiffusion.card import card_path, measured, peak_memory, versions
+from antidiffusion.card import card_path, marked, measured, peak_memory, versions
 from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.latents import LatentSpaces
@@ -20,7 +20,6 @@ from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.files import atomic
 from antidiffusion.pictures.jpeg import write_jpeg
-from antidiffusion.pictures.mark import marked
 from antidiffusion.pictures.picture import Picture, PictureError, linf
 from antidiffusion.progress import Progress, silent
 from antidiffusion.recipes import RECIPES, Recipe

@@ -200,3 +200,19 @@ def test_options_of_another_tuning(unused: Path, method: str, options: list[str]
     run = cli("attack", method, "photos", *TUNE, *options)
     assert (run.code, run.out) == (2, "")
     assert f"expected options of {method}, got {options[0]}; leave it out" in run.err
+
+
+def test_a_picture_of_numbers_that_are_none_is_not_written(
+    loaded: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "decode", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
+    commands = [
+        ["sample", "a person", "--steps", "1"],
+        ["edit", "sdedit", "photos/a.png", "--prompt", "a", "--steps", "2"],
+        ["attack", "lora", "photos/a.png", "--prompt", "a", "--steps", "1", "--save", "tuned"],
+    ]
+    for command in commands:
+        run = cli(*command, "-o", "x.png")
+        assert run.code == 1
+        assert "expected finite numbers in the picture that the" in run.err
+        assert not Path("x.png").exists() and not Path("tuned").exists()

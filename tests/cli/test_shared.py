@@ -1,9 +1,13 @@
 import gc
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import cli
+from command_line import QUIET, cli
 
 import antidiffusion.models.loading
 from antidiffusion.models.base import Surrogate
@@ -48,3 +52,38 @@ def test_what_is_loaded_is_never_collected(
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(len(loadings)))
     assert cli("sample", "a", *DRAWING).code == 0
     assert frozen == [1]  # after the model is there
+
+
+BAR = """
+from antidiffusion.cli.shared import progress_bar
+with progress_bar() as bar:
+    task = bar.add_task("[/bold]", total=500)
+    for done in range(500):
+        bar.update(task, description="[/bold] name", completed=done)
+    print("result", flush=True)
+"""
+
+
+def test_a_log_is_not_filled_with_bars() -> None:
+    environment = QUIET | {"FORCE_COLOR": "1"}  # as on many CI machines
+    run = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, env=environment, check=True)
+    assert (run.stdout, run.stderr) == ("result\n", "")
+
+
+def test_results_go_to_standard_output_while_the_bar_is_on_a_terminal() -> None:
+    terminal, device = pty.openpty()
+    environment = QUIET | {"TERM": "xterm"}
+    run = subprocess.run(
+        [sys.executable, "-c", BAR], stdout=subprocess.PIPE, stderr=device, env=environment, check=True
+    )
+    os.close(device)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 1 << 16):
+            shown += chunk
+    except OSError:  # Linux's end of a terminal
+        pass
+    finally:
+        os.close(terminal)
+    assert run.stdout == b"result\n"
+    assert b"[/bold] name" in shown

@@ -97,6 +97,9 @@ def protect(
             min=80, max=100, help="Write JPEG of this quality, which leaves the budget; the card says how far."
         ),
     ] = None,
+    keep_location: Annotated[
+        bool, typer.Option("--keep-location", help="Keep coordinates and names of places in the metadata.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
     again: Annotated[
@@ -145,7 +148,7 @@ def protect(
             if mask is not None:
                 Picture.read(mask)  # better now than after the first picture
             how: dict[str, Any] = {"mask": mask, "luma": luma, "low_memory": low_memory, "resize": resize}
-            how |= {"quality": jpeg, "overwrite": overwrite, "again": again}
+            how |= {"quality": jpeg, "keep_location": keep_location, "overwrite": overwrite, "again": again}
             settings = Settings(chosen, seed, together, side, **how)
             teller.left_out(planned.left)
             load = partial(
@@ -162,12 +165,12 @@ def protect(
                 print(_forecast(planned.jobs, settings, load(), teller, as_json))
                 raise typer.Exit(1 if teller.counts["failed"] else 0)
             expect_room_for_all(planned.jobs, resize)
-            surrogate = load() if jobs == 1 else None
+            surrogate: Any = load() if jobs == 1 else None  # else every process has its own
             if model == "mini" or names_latents(model):
                 stderr.print(MINI_NOTE if model == "mini" else LATENTS_NOTE, style="yellow")
             with progress_bar() as bar:
                 hook = moving(bar, len(planned.jobs), together)
-                if surrogate is None:
+                if jobs > 1:
                     outcomes = spread(planned.jobs, settings, load, jobs)
                 else:
                     outcomes = run(planned.jobs, settings, surrogate, progress=hook)

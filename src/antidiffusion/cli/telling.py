@@ -39,7 +39,8 @@ class Teller:
         self.counts: Counter[str] = Counter()
         self.left: Counter[str] = Counter()
         self.there: list[Any] = []  # outcomes whose card is on the disk, without the card
-        self.largest, self.psnr, self.seconds = 0, 0.0, 0.0
+        self.largest, self.seconds = 0, 0.0
+        self.psnr: tuple[int, float] = (0, 0.0)  # pictures that changed, and the sum
         self.hidden = ""  # the folder in which files stand for streams
         self._path = log
         self._log: TextIO | None = None
@@ -92,7 +93,8 @@ class Teller:
         else:
             self.there.append(outcome.job)
             self.largest = max(self.largest, card["budget"]["measured"])
-            self.psnr += card["fidelity"]["psnr"] or 0.0
+            if (psnr := card["fidelity"]["psnr"]) is not None:
+                self.psnr = (self.psnr[0] + 1, self.psnr[1] + psnr)
             self.seconds += card["cost"]["seconds"]
             self.note(f"protected: {path}: {card['budget']['measured']}/255, {card['cost']['seconds']:.1f} s")
             if quiet:
@@ -119,10 +121,9 @@ class Teller:
             for name, count in rows:
                 table.add_row(str(count), name)
             if done := self.counts["done"]:
-                table.add_row(
-                    "",
-                    f"at most {self.largest}/255, PSNR {self.psnr / done:.1f} dB and {self.seconds / done:.1f} s each",
-                )
+                changed, total_psnr = self.psnr
+                fidelity = f"PSNR {total_psnr / changed:.1f} dB" if changed else "unchanged"
+                table.add_row("", f"at most {self.largest}/255, {fidelity} and {self.seconds / done:.1f} s each")
             stderr.print(table)
         if failed := self.counts["failed"]:
             self.warn(f"{failed} of {total} pictures failed", "red")
@@ -188,7 +189,7 @@ def expect_room_for_all(jobs: Sequence[Any], resize: int | None) -> None:
     for job in jobs:
         if not job.target.exists():
             try:
-                with Image.open(job.source) as image:
+                with warnings.catch_warnings(action="ignore"), Image.open(job.source) as image:
                     width, height = image.size
             except Exception:  # whatever is wrong with it is said when it is read
                 continue

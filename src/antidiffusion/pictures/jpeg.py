@@ -1,9 +1,11 @@
 """JPEG, which moves pixels: with a bound of its own, larger than the budget and stated."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from antidiffusion.pictures.colour import icc_space
 from antidiffusion.pictures.errors import PictureError
 from antidiffusion.pictures.picture import Picture
 
@@ -41,11 +43,13 @@ def write_jpeg(picture: Picture, path: Path, quality: int) -> int:
     if quality not in QUALITIES:
         raise ValueError(f"expected a JPEG quality from 80 to 100, got {quality}; try 95")
     expect_jpeg(picture, path)
-    beside = {"icc_profile": picture.icc, "exif": picture.exif, "xmp": picture.xmp}
+    exif = picture.metadata.exif(nested=True, dpi=False)
+    beside: dict[str, Any] = {"icc_profile": picture.icc, "xmp": picture.metadata.xmp(), "dpi": picture.metadata.dpi}
+    beside["exif"] = exif.tobytes() if len(exif) else None
     kept = {name: value for name, value in beside.items() if value is not None}
     grey = picture.pixels.shape[2] == 1
     image = Image.fromarray(picture.pixels[..., 0] if grey else picture.pixels)
-    if grey and picture.icc and picture.icc[16:20] == b"RGB ":  # the profile's colour space, ICC.1 7.2.6
+    if grey and icc_space(picture.icc) == "RGB":
         image = image.convert("RGB")
     try:
         image.save(path, "JPEG", quality=quality, subsampling=0, **kept)
