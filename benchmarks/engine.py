@@ -102,7 +102,7 @@ def compared(model: str, name: str, precision: str) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
             scheduler = surrogate.pipeline().scheduler
             return timed(lambda: reference_official.protect_official(*parts, scheduler, image, **schedule))
-    chosen: Any = PRESETS.get(name) or RECIPES[name]
+    chosen: Any = PRESETS["anti-diffusion"].get(name) or RECIPES[name]
     recipe = replace(chosen, **schedule)
     canvas = Canvas(pixels, pixels.shape[:2])
     return timed(lambda: recipe([canvas], surrogate, torch.Generator().manual_seed(0), lambda *_: None))

@@ -165,14 +165,14 @@ def row(steps: dict[str, float], times: dict[str, int]) -> dict[str, Any]:
 
 def main() -> None:
     check_attention()
-    default, official = RECIPES["anti-diffusion"], RECIPES["official"]
+    default, official, presets = RECIPES["anti-diffusion"], RECIPES["official"], PRESETS["anti-diffusion"]
     rows = {}
     for name, recipe in {
         "anti-diffusion": default,
         "anti-diffusion, full tuning": replace(default, tuning="full"),
         "anti-diffusion, semantic term": replace(default, sdl_weight=1.0),
-        **{f"anti-diffusion, {name}": preset for name, preset in PRESETS.items()},
-        **{f"anti-diffusion, quick, {steps} steps": replace(PRESETS["quick"], steps=steps) for steps in (12, 50)},
+        **{f"anti-diffusion, {name}": preset for name, preset in presets.items()},
+        **{f"anti-diffusion, quick, {steps} steps": replace(presets["quick"], steps=steps) for steps in (12, 50)},
         "official, our code": official,
     }.items():
         rows[name] = row(our_steps(shapes.build(), recipe), counts(recipe))
@@ -192,7 +192,7 @@ def main() -> None:
     others = {
         f"{shapes.SHAPES[version].name}, {name}": row(our_steps(shapes.build(version), recipe), counts(recipe))
         for version in ("1.5", "xl")
-        for name, recipe in (("anti-diffusion", default), ("quick", PRESETS["quick"]))
+        for name, recipe in (("anti-diffusion", default), ("quick", presets["quick"]))
     }
     path = Path(__file__).parent / "results" / "flops.json"
     path.write_text(

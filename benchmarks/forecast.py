@@ -39,7 +39,7 @@ def run(name: str, dry: bool) -> dict[str, float]:
     from antidiffusion.recipes import PRESETS, RECIPES
 
     model, kind, *rest = name.split(", ")
-    recipe: Any = PRESETS.get(kind) or RECIPES.get(kind) or RECIPES["anti-diffusion"]
+    recipe: Any = PRESETS["anti-diffusion"].get(kind) or RECIPES.get(kind) or RECIPES["anti-diffusion"]
     if kind == "full tuning":
         recipe = replace(recipe, tuning="full")
     if kind == "short":

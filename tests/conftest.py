@@ -71,6 +71,7 @@ def build_pipeline(name: str) -> Any:
     config, widths, prediction, scheduler = ARCHITECTURES[name]
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    schedule |= {"timestep_spacing": "leading"}  # as published; of these classes only Euler's has another default
     if scheduler == "DDIMScheduler":
         schedule |= {"clip_sample": False, "set_alpha_to_one": False}
     with torch.random.fork_rng([]):

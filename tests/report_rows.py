@@ -56,7 +56,7 @@ def tuned(recipe: str, item: str, distance: float | None, **fields: Any) -> Row:
 
 def floor(item: str, distance: float, **fields: Any) -> Row:
     """What the untuned model draws, with the settings of `tuned`."""
-    values = {"kind": "floor", "attack": "", "setting": "5 steps, guidance 3"}
+    values = {"kind": "floor", "attack": "", "setting": "5 steps, 3 guidance"}
     return tuned("clean", item, distance, **values | fields)
 
 

@@ -255,7 +255,7 @@ def test_likeness_is_a_share_of_the_way_from_the_untuned_model_to_the_unprotecte
     rows += [tuned("advdm", item, value) for item, value in zip("01", (0.5, 0.7), strict=True)]
     rows += [tuned("random-sign", item, 0.4) for item in "01"]
     rows += [floor(item, 0.0, attacker="other") for item in "01"]
-    rows += [floor(item, 0.0, setting="9 steps, guidance 3") for item in "01"]
+    rows += [floor(item, 0.0, setting="9 steps, 3 guidance") for item in "01"]
     (table,) = tables.attacks(rows)
     column = "likeness, share of the way from untuned to clean ↓"
     way = {recipe: line[column] for recipe, line in texts(table).items()}

@@ -110,7 +110,7 @@ def test_one_photo_alone(loaded: Path) -> None:
     ("options", "recipe"),
     [
         ([], RECIPES["anti-diffusion"]),
-        (["--quick"], PRESETS["quick"]),
+        (["--quick"], PRESETS["anti-diffusion"]["quick"]),
         (["--strong", "--budget", "4"], AntiDiffusion(rounds=7, budget=4)),
         (["--quick", "--rounds", "2", "--steps", "1"], AntiDiffusion(rounds=2, steps=1, tuning_steps=0)),
         (

@@ -75,7 +75,7 @@ def test_maps_of_a_joint_layer_are_what_the_text_gets(joint: Surrogate) -> None:
     assert len(maps) == len(joint.cross_layers())
     for layer in maps:
         mass = layer.sum(-1)
-        assert layer.shape[2:] == (16, text) and mass.min() > 0 and mass.max() < 1
+        assert layer.shape[2:] == (16, text) and mass.max() <= 1 + 1e-6 and 0 < mass.mean() < 0.99
 
 
 def test_the_map_layers_have_a_quarter_of_the_latent_s_side(checkpoint: Checkpoint, surrogate: Surrogate) -> None:
@@ -194,7 +194,7 @@ def test_blocks_can_be_nested(tiny: Surrogate) -> None:
     with watched(tiny, cross, recording(maps)):
         with watched(tiny, tiny.self_layers(), sharing(2)), watched(tiny, cross[:3], recording(inner)):
             both = forward(tiny)
-        assert len(maps) + len(inner) >= len(cross) and len(inner) == 3
+        assert len(maps) == len(cross) - 3 and len(inner) == 3  # the inner block's layers are its own
         maps.clear()
         forward(tiny)
     assert len(maps) == len(cross) and len(inner) == 3

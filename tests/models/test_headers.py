@@ -169,8 +169,16 @@ def test_a_name_that_nothing_uses(name: str, sd15: Checkpoint, tmp_path: Path) -
     assert unused(read_header(file), FAMILIES["sd"], configs(sd15)) == [name]
 
 
+def test_a_model_with_the_metadata_of_what_was_merged_into_it(sd15: Checkpoint, tmp_path: Path) -> None:
+    header = read_header(sd15.file)
+    tensors = {name: (header.dtypes[name], shape) for name, shape in header.shapes.items()}
+    file = write_header(tmp_path / "model.safetensors", tensors, {"ss_network_module": "networks.lora"})
+    assert family_of(read_header(file)) == "sd"
+
+
 def test_names_that_are_no_weights_may_stay(sd15: Checkpoint, tmp_path: Path) -> None:
     more = [
+        "cond_stage_model.logit_scale",
         "model_ema.decay",
         "logvar",
         "lvlb_weights",
@@ -179,6 +187,7 @@ def test_names_that_are_no_weights_may_stay(sd15: Checkpoint, tmp_path: Path) ->
         "sqrt_alphas_cumprod",
     ]
     file = copied(sd15.file, tmp_path / "model.safetensors", lambda names: names | dict.fromkeys(more, F))
+    assert family_of(read_header(file)) == "sd"
     assert unused(read_header(file), FAMILIES["sd"], configs(sd15)) == []
 
 
@@ -249,6 +258,7 @@ SAYS: dict[str, tuple[list[str], dict[str, str], str | None, dict[str, Any]]] = 
     "metadata, epsilon": ([], {"modelspec.prediction_type": "epsilon"}, None, EPS),
     "yaml, v": ([], {}, "parameterization: v", V),
     "yaml, eps": ([], {}, "parameterization: eps", EPS),
+    "yaml, by default": ([], {}, "}, target: ldm.models.diffusion.ddpm.LatentDiffusion, other: {", EPS),
     "yaml, betas": ([], {}, "linear_start: 0.001, linear_end: 0.02", {"beta_start": 0.001, "beta_end": 0.02}),
     "yaml, XL": ([], {}, "denoiser_config: {params: {scaling_config: {target: sgm.VScaling}}}", V),
     "names before metadata": (["v_pred"], {"modelspec.prediction_type": "epsilon"}, None, V),

@@ -187,10 +187,13 @@ def gradients(joint: Surrogate, x: Tensor) -> list[Tensor]:
 
 def test_gradients_reach_pixels_and_tokens_recomputed_or_not(joint: Surrogate, x: Tensor) -> None:
     plain = gradients(joint, x)
+    if len(joint.text_encoders) == 2 and isinstance(joint, StableDiffusion3):  # T5 is absent: its zeros stay zeros
+        assert not plain[1][:, 32:].any()
+        plain[1] = plain[1][:, :32]
     assert all(torch.isfinite(gradient).all() and (gradient != 0).float().mean() > 0.9 for gradient in plain)
     with checkpointed(joint.denoiser, True):
         again = gradients(joint, x)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(torch.equal(a, b[:, : a.shape[1]]) for a, b in zip(plain, again, strict=True))
 
 
 def test_bfloat16_points_the_same_way(joint: Surrogate, x: Tensor) -> None:

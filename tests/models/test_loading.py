@@ -10,8 +10,9 @@ import pytest
 import sd_layout
 import torch
 import transformer_layout
+from command_line import cli
 from conftest import TOKENIZER, Checkpoint, build_pipeline
-from model_skeletons import SENTENCE
+from model_skeletons import SENTENCE, write_folder
 from safetensors.torch import load_file, save_file
 
 from antidiffusion.models.base import Surrogate
@@ -251,15 +252,23 @@ def test_transformers(name: str, tmp_path: Path, no_network: None) -> None:
     state = pipeline.transformer.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in surrogate.denoiser.state_dict().items())
     assert surrogate.size == 64 and len(surrogate.text_encoders) == len(surrogate.tokenizers)
-    if name == "sd3":
+    if name != "flux-dev":
         file = tmp_path / "model.safetensors"
-        save_file(original_sd3(state) | sd_layout.vae(pipeline.vae), file)
+        found = original_sd3(state) | sd_layout.vae(pipeline.vae)
+        if pipeline.text_encoder_3:
+            t5 = pipeline.text_encoder_3.state_dict()
+            found["text_encoders.t5xxl.transformer.shared.weight"] = t5.pop("shared.weight")
+            found |= {f"text_encoders.t5xxl.transformer.{key}": t5[key] for key in t5 if "embed_tokens" not in key}
+        save_file(found, file)
+        for part in ("transformer", "vae", "text_encoder_3"):  # or it could be the folder's that is loaded
+            for weights in (tmp_path / name / part).glob("*.safetensors"):
+                weights.unlink()
         single = Surrogate.from_pretrained(str(file), config=str(tmp_path / name))
         assert single.sha256 == surrogate.sha256
 
 
 def original_sd3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the original names of a Stable Diffusion 3 transformer without dual attention or norms of queries."""
+    """Return the original names of a Stable Diffusion 3 or 3.5 transformer."""
     last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
     names = {
         "pos_embed.pos_embed": "pos_embed",
@@ -274,6 +283,13 @@ def original_sd3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "norm1.linear": "x_block.adaLN_modulation.1",
         "norm1_context.linear": "context_block.adaLN_modulation.1",
         "attn.to_out.0": "x_block.attn.proj",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "attn.norm_q": "x_block.attn.ln_q",
+        "attn.norm_k": "x_block.attn.ln_k",
+        "attn2.norm_q": "x_block.attn2.ln_q",
+        "attn2.norm_k": "x_block.attn2.ln_k",
+        "attn.norm_added_q": "context_block.attn.ln_q",
+        "attn.norm_added_k": "context_block.attn.ln_k",
         "attn.to_add_out": "context_block.attn.proj",
         "ff.net.0.proj": "x_block.mlp.fc1",
         "ff.net.2": "x_block.mlp.fc2",
@@ -282,18 +298,26 @@ def original_sd3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
     found = {}
     for name, value in state.items():
-        fused = re.match(r"(transformer_blocks\.\d+)\.attn\.(to_q|add_q_proj)\.(\w+)$", name)
+        fused = re.match(r"transformer_blocks\.(\d+)\.(attn2?)\.(to_q|add_q_proj)\.(\w+)$", name)
         if fused:
-            parts = [state[name.replace("_q", f"_{part}")] for part in "qkv"]
-            side = "x_block" if fused[2] == "to_q" else "context_block"
-            found[f"{fused[1]}.{side}.attn.qkv.{fused[3]}".replace("transformer_blocks", "joint_blocks")] = torch.cat(
-                parts
-            )
-        elif not re.search(r"attn\.(to_[kv]|add_[kv]_proj)\.", name):
+            block, attention, kind, rest = fused.groups()
+            side = "x_block" if kind == "to_q" else "context_block"
+            parts = [state[name.replace(kind, kind.replace("_q", f"_{part}"))] for part in "qkv"]
+            found[f"joint_blocks.{block}.{side}.{attention}.qkv.{rest}"] = torch.cat(parts)
+        elif not re.search(r"attn2?\.(to_[kv]|add_[kv]_proj)\.", name):
             swapped = name.startswith(("norm_out", f"transformer_blocks.{last}.norm1_context"))
             halves = value.chunk(2)[::-1] if swapped else [value]  # the original has the shift first
             found[sd_layout.rename(name, names)] = torch.cat(list(halves))
     return {f"model.diffusion_model.{name}": value.contiguous().clone() for name, value in found.items()}
+
+
+def test_the_command_refuses_a_model_before_a_picture_is_read(tmp_path: Path, no_network: None) -> None:
+    picture = tmp_path / "none.png"
+    picture.write_text("no picture")
+    refiner = write_folder(tmp_path / "refiner", "sdxl", {"": {"requires_aesthetics_score": True}})
+    run = cli("protect", picture, "--model", refiner)
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert "got a refiner" in run.err and "none.png" not in run.err
 
 
 def test_a_local_path_never_touches_the_network(checkpoint: Checkpoint, surrogate: Surrogate, no_network: None) -> None:

@@ -12,13 +12,13 @@ import torch
 from ascents import PORTRAIT, run, seeded, slope
 from torch import Tensor
 
+from antidiffusion.card import effect
 from antidiffusion.models.attention import mean_map, record_attention
 from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.models.schedule import noised
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import silent
-from antidiffusion.protection import effect
 from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe
 from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY, DenoisingSemantic
 from antidiffusion.recipes.semantic import SDL

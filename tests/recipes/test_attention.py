@@ -7,6 +7,7 @@ from torch import Tensor
 
 from antidiffusion.models.attention import record_attention
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.memory import low_memory
 from antidiffusion.models.schedule import noised
 from antidiffusion.recipes import Attention
 from antidiffusion.recipes.attention import EarlyAttention, first_maps
@@ -88,3 +89,12 @@ def test_the_recipe_moves_attention_where_it_says(sd3: Surrogate, pixels: np.nda
 
     assert level(one.view()) > level(one.clean_view) + 5 * abs(level(control.view()) - level(one.clean_view))
     assert one.delta.abs().max() == 8 and len(trace.losses["perturbation"]) == 8
+
+
+def test_low_memory_gives_the_same(sd3: Surrogate, pixels: np.ndarray) -> None:
+    """The block in which the pass ends is one whose weights the backward pass reads."""
+    recipe, kept, lean = Attention(steps=2, draws=2), canvas(pixels), canvas(pixels)
+    run(recipe, sd3, kept)
+    with low_memory(sd3):
+        run(recipe, sd3, lean)
+    assert (kept.delta == lean.delta).float().mean() > 0.99

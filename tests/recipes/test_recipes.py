@@ -163,7 +163,7 @@ JOINT: dict[str, dict[str, Any]] = SHORT | {  # what protects against transforme
     "anti-diffusion": {"rounds": 1, "steps": 2, "prompt_steps": 2, "tuning_steps": 1, "sdl_weight": 1.0},
     "random-sign": {},
     "fsmg": SHORT["fsmg"] | {"tuning": "lora"},
-    "aspl": SHORT["aspl"] | {"tuning": "lora"},
+    "aspl": SHORT["aspl"] | {"tuning": "lora", "steps": 3},
 }
 REFUSED = {
     "official": "expected Stable Diffusion 1, 2 or XL, whose maps of 16 x 16 positions",

@@ -89,8 +89,9 @@ class Row:
 
 def drawing(settings: Mapping[str, Any]) -> str:
     """Name how a tuning attack draws, from its row's settings: the setting of the floor that it is compared with."""
-    steps, guidance = (settings["attack"][name] for name in DRAWING)
-    return f"{steps} steps, guidance {guidance:g}"
+    steps, guidance = (settings["attack"].get(name) for name in DRAWING)
+    usual = "usual" if guidance is None else f"{guidance:g}"
+    return f"{'usual' if steps is None else steps} steps, {usual} guidance"
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -116,8 +116,7 @@ def _run(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Done]:
                         row = future.result()
                     except FAILURES as error:
                         failed.add(key)
-                        said = DIED if isinstance(error, BrokenExecutor) else sentence(error)
-                        yield Done(trials[key], error=said)
+                        yield Done(trials[key], error=DIED if isinstance(error, BrokenExecutor) else sentence(error))
                         continue
                     _check_model(row, models)
                     file.write(json.dumps(asdict(row), allow_nan=False) + "\n")

@@ -117,7 +117,7 @@ class Laboratory:
         protected = protect(originals, recipe, surrogate=surrogate, seed=trial.seed, together=len(files) > 1)
         pictures = [result.picture for result in protected]
         metrics, flags = self._published_as(pictures, originals, trial)
-        metrics["loss_ratio"] = fmean(result.card["effect"]["denoising_loss_ratio"] for result in protected)
+        metrics["loss_ratio"] = _mean([result.card["effect"].get("denoising_loss_ratio") for result in protected])
         return Outcome(metrics, flags, pictures, protected[0].card["cost"]["seconds"])
 
     def _elsewhere(
@@ -133,7 +133,7 @@ class Laboratory:
         pairs = [(fitted(a, surrogate), fitted(b, surrogate)) for a, b in zip(originals, pictures, strict=True)]
         ratios = [effect(surrogate, *pair, trial.seed)["denoising_loss_ratio"] for pair in pairs]
         lossy = [LOSSY for file in found if file.suffix.lower() not in WRITERS]
-        return Outcome(metrics | {"loss_ratio": fmean(ratios)}, [*flags, *lossy], pictures)
+        return Outcome(metrics | {"loss_ratio": _mean(ratios)}, [*flags, *lossy], pictures)
 
     def _published_as(
         self, pictures: Sequence[Picture], originals: Sequence[Picture], trial: Trial
@@ -249,3 +249,9 @@ def with_posterior(surrogate: Surrogate, posterior: str) -> Surrogate:
 
     changed.posterior = mean  # type: ignore[method-assign]
     return changed
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None if one is unknown."""
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if len(numbers) == len(values) else None

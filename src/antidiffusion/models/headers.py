@@ -64,7 +64,7 @@ DOES_NOT_FIT = "give the folder as save_pretrained wrote it, or the configuratio
 SCALED = re.compile(r"(?P<layer>.*)\.(scale_weight|weight_scale)$")
 QUANTISED = re.compile(
     r".*\.(weight_scale_2|absmax|quant_map|nested_absmax|qweight|qzeros|wscales|smooth|weight_zero_point|"
-    r"quant_state\..*|SCB|weight_format|block_scale)$"
+    r"quant_state\..*|SCB|weight_format|block_scale|comfy_quant)$"
 )
 
 
@@ -147,14 +147,19 @@ def refuse_strangers(header: Header) -> None:
                 break
     if re.search(r"-\d{5}-of-\d{5}$", header.file.stem):
         what, remedy = "one shard of a model", "give the folder with all shards and a model_index.json"
-    elif "lora" in header.metadata.get("modelspec.architecture", "").lower() or "ss_network_module" in header.metadata:
-        what, remedy = what or "a LoRA", remedy or FUSE
+    elif not what and _trained_as_lora(header) and not any(header.find(row.mark) for row in FAMILIES.values()):
+        what, remedy = "a LoRA", FUSE
     elif not header.shapes:
         what, remedy = "a file without a tensor", "give another file"
     elif not what and len(header.shapes) <= 3 and all(len(shape) <= 2 for shape in header.shapes.values()):
         what, remedy = "a textual inversion, which adds a word to a model", BASE
     if what:
         raise WeightsError(f"expected a whole model, got {what}: {header.file}; {remedy}")
+
+
+def _trained_as_lora(header: Header) -> bool:
+    architecture = header.metadata.get("modelspec.architecture", "").lower()
+    return "lora" in architecture or "ss_network_module" in header.metadata
 
 
 def check_numbers(header: Header) -> None:
@@ -231,7 +236,9 @@ LOOKALIKES = {
     r"(model\.diffusion_model\.)?distilled_guidance_layer\.": "Chroma",
     r"(model\.diffusion_model\.)?(single_stream_modulation|double_stream_modulation_img)\.": "FLUX.2",
     r".*\.fuser\.": "a GLIGEN model, which is told boxes",
-    r"embedder\.|cond_stage_model\.(?!model|transformer)": "a model with another text or picture encoder",
+    r"embedder\.|cond_stage_model\.(?!model|transformer|logit_scale|text_projection)": (
+        "a model with another text or picture encoder"
+    ),
 }
 
 
@@ -342,7 +349,8 @@ def _yaml_says(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        params = yaml.safe_load(path.read_text())["model"]["params"]
+        model = yaml.safe_load(path.read_text())["model"]
+        params = model["params"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise WeightsError(
             f"expected the configuration of a model beside its file, got {path}: {first_line(error)}; "
@@ -352,9 +360,12 @@ def _yaml_says(path: Path) -> dict[str, Any]:
     scaling = str(((params.get("denoiser_config") or {}).get("params") or {}).get("scaling_config"))
     if "EDM" in scaling:
         raise WeightsError(f"expected variance-preserving noise, got EDM's in {path}; name another model")
-    if params.get("parameterization") == "v" or "VScaling" in scaling:
+    said = params.get("parameterization")
+    if said is None and str(model.get("target")).endswith("LatentDiffusion"):
+        said = "eps"  # what the original program takes for granted
+    if said == "v" or "VScaling" in scaling:
         found["prediction_type"] = "v_prediction"
-    elif params.get("parameterization") in ("eps", "x0") or "EpsScaling" in scaling:
-        found["prediction_type"] = "sample" if params.get("parameterization") == "x0" else "epsilon"
+    elif said == "eps" or "EpsScaling" in scaling:
+        found["prediction_type"] = "epsilon"
     named = {"linear_start": "beta_start", "linear_end": "beta_end", "timesteps": "num_train_timesteps"}
     return found | {new: params[old] for old, new in named.items() if old in params}

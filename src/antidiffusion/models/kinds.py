@@ -123,10 +123,12 @@ def _from_file(kind: Kind, name: str, dtype: torch.dtype) -> Any:
     try:
         if library == "diffusers":
             return getattr(diffusers, class_name).from_single_file(tensors, **options)
-        text = original.create_diffusers_t5_model_from_checkpoint
+        read = original.create_diffusers_t5_model_from_checkpoint
         if class_name != T5:
-            text = original.create_diffusers_clip_model_from_ldm
-        return text(getattr(transformers, class_name), checkpoint=tensors, **options)
+            read = original.create_diffusers_clip_model_from_ldm
+        encoder = read(getattr(transformers, class_name), checkpoint=tensors, **options)
+        encoder.tie_weights()  # T5's embedding stands in a file once
+        return encoder
     except original.SingleFileComponentError as error:
         raise ValueError(str(error)) from error
 

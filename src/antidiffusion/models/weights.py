@@ -132,7 +132,7 @@ def variant(part: Path) -> str | None:
         remedy = (
             "save the model again with save_pretrained(..., safe_serialization=True)"
             if pickles
-            else "download the model again"
+            else "give a folder that has them, or download the model again"
         )
         raise WeightsError(f"expected safetensors weights, got {got} in {part}; {remedy}")
     return None if None in found else sorted(found)[-1]
