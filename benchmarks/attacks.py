@@ -27,6 +27,7 @@ from antidiffusion import Picture, Surrogate
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, fitted_mask, squared
+from antidiffusion.card import versions
 from antidiffusion.data import people
 from antidiffusion.data.defense_edit import asked, read, synthetic
 from antidiffusion.metrics.attributes import Attributes
@@ -35,7 +36,6 @@ from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism
 from antidiffusion.metrics.statistics import bootstrap
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.tensors import to_picture
-from antidiffusion.protection import versions
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"

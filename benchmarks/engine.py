@@ -45,7 +45,7 @@ STARTUP = {
 def peak() -> float:
     import torch
 
-    from antidiffusion.protection import peak_memory
+    from antidiffusion.card import peak_memory
 
     return peak_memory(torch.device("cpu")) / 1e6
 
@@ -102,7 +102,7 @@ def compared(model: str, name: str, precision: str) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
             scheduler = surrogate.pipeline().scheduler
             return timed(lambda: reference_official.protect_official(*parts, scheduler, image, **schedule))
-    chosen: Any = PRESETS.get(name) or RECIPES[name]
+    chosen: Any = PRESETS["anti-diffusion"].get(name) or RECIPES[name]
     recipe = replace(chosen, **schedule)
     canvas = Canvas(pixels, pixels.shape[:2])
     return timed(lambda: recipe([canvas], surrogate, torch.Generator().manual_seed(0), lambda *_: None))
@@ -236,7 +236,7 @@ def main() -> None:
         return
     import torch
 
-    from antidiffusion.protection import versions
+    from antidiffusion.card import versions
 
     models = options.arguments or MODELS
     run = {

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.tuning import denoising, tunable
-from antidiffusion.objectives.semantic import BALANCE_EVERY, DenoisingSemantic, Official
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.recipes import (
     PERTURBATION,
@@ -40,7 +39,9 @@ from antidiffusion.recipes import (
     Recipe,
     posteriors,
 )
+from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY
 from antidiffusion.recipes.ascent import gradient
+from antidiffusion.recipes.official import Official
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -80,11 +81,7 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     embedding = surrogate.embed([""])
     official = isinstance(recipe, OfficialAntiDiffusion)
     objective: Any = (
-        Official(surrogate, embedding, recipe.sdl_weight)
-        if official
-        else DenoisingSemantic(
-            surrogate, embedding, recipe.sdl_weight, recipe.sdl, x, recipe.noise_weight, recipe.clean_weight
-        )
+        Official(surrogate, embedding, recipe.sdl_weight) if official else recipe.objective(surrogate, embedding, x)
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 
@@ -168,14 +165,14 @@ def row(steps: dict[str, float], times: dict[str, int]) -> dict[str, Any]:
 
 def main() -> None:
     check_attention()
-    default, official = RECIPES["anti-diffusion"], RECIPES["official"]
+    default, official, presets = RECIPES["anti-diffusion"], RECIPES["official"], PRESETS["anti-diffusion"]
     rows = {}
     for name, recipe in {
         "anti-diffusion": default,
         "anti-diffusion, full tuning": replace(default, tuning="full"),
         "anti-diffusion, semantic term": replace(default, sdl_weight=1.0),
-        **{f"anti-diffusion, {name}": preset for name, preset in PRESETS.items()},
-        **{f"anti-diffusion, quick, {steps} steps": replace(PRESETS["quick"], steps=steps) for steps in (12, 50)},
+        **{f"anti-diffusion, {name}": preset for name, preset in presets.items()},
+        **{f"anti-diffusion, quick, {steps} steps": replace(presets["quick"], steps=steps) for steps in (12, 50)},
         "official, our code": official,
     }.items():
         rows[name] = row(our_steps(shapes.build(), recipe), counts(recipe))
@@ -195,7 +192,7 @@ def main() -> None:
     others = {
         f"{shapes.SHAPES[version].name}, {name}": row(our_steps(shapes.build(version), recipe), counts(recipe))
         for version in ("1.5", "xl")
-        for name, recipe in (("anti-diffusion", default), ("quick", PRESETS["quick"]))
+        for name, recipe in (("anti-diffusion", default), ("quick", presets["quick"]))
     }
     path = Path(__file__).parent / "results" / "flops.json"
     path.write_text(

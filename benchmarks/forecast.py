@@ -32,28 +32,26 @@ def run(name: str, dry: bool) -> dict[str, float]:
     import torch
 
     from antidiffusion import Picture
+    from antidiffusion.card import peak_memory
     from antidiffusion.forecast import forecast
     from antidiffusion.process import give_back_freed_memory, keep_freed_memory
-    from antidiffusion.protection import peak_memory, protect
+    from antidiffusion.protection import protect
     from antidiffusion.recipes import PRESETS, RECIPES
 
     model, kind, *rest = name.split(", ")
-    recipe: Any = PRESETS.get(kind) or RECIPES.get(kind) or RECIPES["anti-diffusion"]
+    recipe: Any = PRESETS["anti-diffusion"].get(kind) or RECIPES.get(kind) or RECIPES["anti-diffusion"]
     if kind == "full tuning":
         recipe = replace(recipe, tuning="full")
     if kind == "short":
         recipe = replace(recipe, rounds=1, steps=10)
-    if "low memory" in rest:
-        recipe = replace(recipe, low_memory=True)
-        give_back_freed_memory()  # as the command does
-    else:
-        keep_freed_memory()
+    lean = "low memory" in rest
+    give_back_freed_memory() if lean else keep_freed_memory()  # as the command does
     surrogate, pixels = engine.prepared(*(("mini", 1, "float32") if model == "mini" else ("2.1", 2, "bfloat16")))
     if dry:
-        said = forecast([Picture(pixels)], recipe, surrogate)
+        said = forecast([Picture(pixels)], recipe, surrogate, low_memory=lean)
         return {"seconds": round(said.seconds, 1), "peak_memory_mb": round(said.peak_memory / 1e6)}
     begun = time.perf_counter()
-    protect([Picture(pixels)], recipe, surrogate=surrogate)
+    protect([Picture(pixels)], recipe, surrogate=surrogate, low_memory=lean)
     seconds = time.perf_counter() - begun
     return {"seconds": round(seconds, 1), "peak_memory_mb": round(peak_memory(torch.device("cpu")) / 1e6)}
 
@@ -72,7 +70,7 @@ def main() -> None:
     if options.here:
         print(json.dumps(run(options.here, options.dry)))
         return
-    from antidiffusion.protection import versions
+    from antidiffusion.card import versions
 
     path = HERE / "results" / "forecast.json"
     rows: dict[str, Any] = json.loads(path.read_text())["said, then measured"] if path.exists() else {}

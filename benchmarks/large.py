@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from antidiffusion.protection import versions
+from antidiffusion.card import versions
 
 GRAIN = 6  # 8-bit steps, at most
 

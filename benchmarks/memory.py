@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int,
     import shapes
     import torch
 
+    from antidiffusion.models.memory import low_memory as lean
     from antidiffusion.pictures.canvas import Canvas
     from antidiffusion.process import give_back_freed_memory, keep_freed_memory
     from antidiffusion.recipes import AntiDiffusion
@@ -55,7 +57,7 @@ def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int,
     built = {"seconds": round(time.perf_counter() - started, 1), "peak_gib": peak(), "resident_gib": resident()}
     stages: dict[str, Any] = {"imports": {"peak_gib": imports}, "weights": built}
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    recipe = AntiDiffusion(rounds=1, steps=1, prompt_steps=1, tuning_steps=1, tuning=tuning, low_memory=low_memory)
+    recipe = AntiDiffusion(rounds=1, steps=1, prompt_steps=1, tuning_steps=1, tuning=tuning)
     started = time.perf_counter()
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -67,7 +69,8 @@ def measure(model: str, dtype: str, tuning: str, low_memory: bool, divisor: int,
         started = time.perf_counter()
 
     canvas = Canvas(pixels, (side, side))
-    recipe([canvas], surrogate, torch.Generator().manual_seed(0), progress)
+    with lean(surrogate) if low_memory else nullcontext():
+        recipe([canvas], surrogate, torch.Generator().manual_seed(0), progress)
     return {
         "model": model,
         "dtype": dtype,

@@ -25,12 +25,12 @@ from torch import Generator, Tensor
 from antidiffusion import Picture, Surrogate
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.sdedit import SDEdit
+from antidiffusion.card import versions
 from antidiffusion.metrics.fidelity import psnr, ssim
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.pictures.tensors import to_picture
-from antidiffusion.protection import versions
 from antidiffusion.recipes.ascent import ascend
 
 HERE = Path(__file__).parent
@@ -94,8 +94,8 @@ def main() -> None:
         canvases = [Canvas(picture.pixels, picture.pixels.shape[:2]) for picture in pictures]
         for canvas in canvases:  # the gradient is zero at the clean picture itself
             canvas.delta.copy_(torch.randint(2, canvas.delta.shape, generator=generator) * 2 - 1)
-        budget, step = Linf(radius), {"steps": 40, "step_size": radius / 8}
-        for _ in ascend([LatentShift(surrogate, x)], [canvases], budget, generator=generator, **step):
+        sizes = [radius / 8] * 40
+        for _ in ascend([LatentShift(surrogate, x)], [canvases], Linf(radius), sizes=sizes, generator=generator):
             pass
         attacked = torch.cat([canvas.view() for canvas in canvases])
         signs = (torch.randint(2, x.shape, generator=generator) * 2 - 1) * radius / 255

@@ -16,12 +16,12 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
+from antidiffusion.card import versions
 from antidiffusion.metrics.attributes import Attributes
 from antidiffusion.metrics.distribution import frechet, kid
 from antidiffusion.metrics.identity import DlibFaces, fdfr
 from antidiffusion.models.sampling import sample
 from antidiffusion.pictures.tensors import to_picture
-from antidiffusion.protection import versions
 
 sys.path.append(str(Path(__file__).parents[1] / "tools" / "train_mini"))
 

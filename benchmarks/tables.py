@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 LEADING = ("anti-diffusion", "anti-diffusion, quick", "aspl", "simac", "fsmg", "advdm", "official", CONTROL, CLEAN)
 EDITS = ("diffedit", "inpaint", "masactrl", "sdedit")
 ENCODERS = {"mini": "as shipped, 128 px", "mini_160": "160 px", "mini_192": "192 px", "mini_longer": "trained longer"}
-RANK = "mean rank, 95 % interval"
+RANK = "mean rank, and its 95 % interval from eight items on"
 TIMED = "p01"  # the person for whose photos the comparison states the seconds
 
 

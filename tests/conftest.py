@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformer_layout
 from command_line import draw
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from sd_layout import original_state, rename
 
+import antidiffusion.card
 import antidiffusion.cli.shared
+import antidiffusion.models.latents
 import antidiffusion.models.weights
-import antidiffusion.protection
 from antidiffusion.models.base import Surrogate
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no failure
@@ -69,6 +71,7 @@ def build_pipeline(name: str) -> Any:
     config, widths, prediction, scheduler = ARCHITECTURES[name]
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    schedule |= {"timestep_spacing": "leading"}  # as published; of these classes only Euler's has another default
     if scheduler == "DDIMScheduler":
         schedule |= {"clip_sample": False, "set_alpha_to_one": False}
     with torch.random.fork_rng([]):
@@ -147,6 +150,18 @@ def surrogate(checkpoint: Checkpoint) -> Surrogate:
     return Surrogate.from_pretrained(str(checkpoint.folder))
 
 
+@pytest.fixture(scope="session", params=transformer_layout.ARCHITECTURES)
+def joint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surrogate:
+    """Every joint transformer in turn, from its folder, in float32."""
+    return Surrogate.from_pretrained(str(write_joint(request.param, tmp_path_factory.mktemp("joint"))))
+
+
+def write_joint(name: str, root: Path) -> Path:
+    """Save a joint transformer as a folder."""
+    transformer_layout.build_pipeline(name, TOKENIZER).save_pretrained(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """One checkpoint for tests of what all have in common."""
@@ -189,6 +204,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every connection and every function that asks the hub fail."""
     import huggingface_hub
 
+    assert huggingface_hub.hf_hub_download  # its names are imported when they are first asked for
+
     def blocked(*arguments: object, **options: object) -> None:
         raise AssertionError(f"the network was asked for {arguments}")
 
@@ -207,7 +224,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with `photos/a.png` and `photos/b.png`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
+    monkeypatch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 1)
     Path("photos").mkdir()
     draw("photos/a.png", 0)
     draw("photos/b.png", 1, height=100)
@@ -215,9 +232,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `photos/a.jpg`, `photos/trip/b.PNG` and things that are no pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 1)
+    folder = Path("photos")
+    (folder / "trip").mkdir(parents=True)
+    for seed, name in enumerate(("a.jpg", "trip/b.PNG")):
+        draw(folder / name, seed)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "folder.png").mkdir()
+    return folder
+
+
+@pytest.fixture
 def loaded(here: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`here`, and whatever model is asked for, a tiny one is there already."""
     monkeypatch.setattr(antidiffusion.cli.shared, "load_surrogate", lambda model, *options, **named: tiny)
+    monkeypatch.setattr(antidiffusion.models.latents, "names_latents", lambda model: False)  # it is a whole one
     return here
 
 

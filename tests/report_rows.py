@@ -50,7 +50,14 @@ def edit(recipe: str, item: str, ssim: float, **fields: Any) -> Row:
 def tuned(recipe: str, item: str, distance: float | None, **fields: Any) -> Row:
     metrics = {"distance": distance, "likeness": None if distance is None else 1 - distance}
     values = {"kind": "tuning", "dataset": "people", "attack": "lora", "metrics": metrics}
+    values["settings"] = {"attack": {"sampling_steps": 5, "guidance": 3.0}}
     return row(recipe, item, **values | fields)
+
+
+def floor(item: str, distance: float, **fields: Any) -> Row:
+    """What the untuned model draws, with the settings of `tuned`."""
+    values = {"kind": "floor", "attack": "", "setting": "5 steps, 3 guidance"}
+    return tuned("clean", item, distance, **values | fields)
 
 
 def run() -> list[Row]:

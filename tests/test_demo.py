@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import antidiffusion.card
 import antidiffusion.demo
-import antidiffusion.protection
 from antidiffusion.attacks.base import Attack
 from antidiffusion.attacks.masactrl import MasaCtrl
 from antidiffusion.attacks.sdedit import SDEdit
@@ -59,7 +59,7 @@ def shown(mini: Surrogate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     folder = tmp_path_factory.mktemp("demo") / "new"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(antidiffusion.demo, "ATTACKS", ATTACKS)
-        patch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
+        patch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 1)
         page = run_demo(folder, mini, RECIPE, seed=1, progress=lambda *call: calls.append(call))
     assert page == folder / "index.html"
     return folder, calls

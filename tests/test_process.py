@@ -1,15 +1,16 @@
 import gc
 import platform
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from antidiffusion.process import give_back_freed_memory, keep_freed_memory, uncollected
+from antidiffusion.process import give_back_freed_memory, keep_freed_memory, stop_as_by_ctrl_c, uncollected
 
 FAULTS = """
 import resource, torch
-from antidiffusion.process import keep_freed_memory
+from antidiffusion.process import give_back_freed_memory, keep_freed_memory, stop_as_by_ctrl_c, uncollected
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,7 +23,7 @@ print([faults() for _ in range(8)][-1])
 HOLES = """
 import os, torch
 from pathlib import Path
-from antidiffusion.process import give_back_freed_memory
+from antidiffusion.process import give_back_freed_memory, keep_freed_memory, stop_as_by_ctrl_c, uncollected
 {call}
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -80,3 +81,22 @@ def test_a_caller_without_collection_stays_so():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
+    """As under nohup; one that is not raises what Ctrl-C does."""
+    number = getattr(signal, name)
+    before = {other: signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        stop_as_by_ctrl_c()
+        signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+        signal.signal(number, signal.SIG_DFL)
+        stop_as_by_ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)

@@ -11,14 +11,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from latent_spaces import write as write_spaces
 from PIL import ExifTags, Image, ImageCms
 
-import antidiffusion.protection
+import antidiffusion.card
+from antidiffusion.card import HELD_OUT_PROMPT, effect
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import load_latents
 from antidiffusion.pictures.canvas import Canvas, view_size
 from antidiffusion.pictures.picture import Picture, PictureError
-from antidiffusion.protection import HELD_OUT_PROMPT, Protected, effect, protect
-from antidiffusion.recipes import AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe, Trace
+from antidiffusion.protection import Protected, protect
+from antidiffusion.recipes import AntiDiffusion, Latents, OfficialAntiDiffusion, RandomSign, Recipe, Trace
 
 CHEAP = AntiDiffusion(steps=1, rounds=0, prompt_steps=0)
 WALL = replace(CHEAP, step_size=100)  # one step against the wall
@@ -47,7 +50,7 @@ class Nothing:
 @pytest.fixture(autouse=True)
 def fewer_held_out_steps(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 2)
+        patch.setattr(antidiffusion.card, "HELD_OUT_STEPS", 2)
         yield
 
 
@@ -144,12 +147,12 @@ def test_the_seed_decides_the_bytes(tmp_path: Path, tiny: Surrogate, recipe: Rec
 
 
 def test_a_picture_alone_and_among_others(tiny: Surrogate) -> None:
-    before = {key: value.clone() for key, value in tiny.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in tiny.denoiser.state_dict().items()}
     first, second = picture(seed=1), picture(height=100, seed=2)
     among = protect([first, second], WHOLE, surrogate=tiny)
     (alone,) = protect([second], WHOLE, surrogate=tiny)
     assert (among[1].picture.pixels == alone.picture.pixels).all()
-    assert all(torch.equal(before[key], value) for key, value in tiny.unet.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in tiny.denoiser.state_dict().items())
 
 
 def test_together_is_joint(tiny: Surrogate) -> None:
@@ -289,7 +292,7 @@ def test_save_never_overwrites(tmp_path: Path, tiny: Surrogate, taken: str) -> N
 def test_no_picture_without_its_card(tmp_path: Path, tiny: Surrogate) -> None:
     (protected,) = protect([picture()], RandomSign(), surrogate=tiny)
     (tmp_path / "out.png.json").mkdir()
-    with pytest.raises(PictureError, match="expected a writable place"):
+    with pytest.raises(PictureError, match="expected a file's name, got a directory's"):
         protected.save(tmp_path / "out.png", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png.json"]
 
@@ -328,3 +331,16 @@ def test_twelve_megapixels(tmp_path: Path, tiny: Surrogate) -> None:
     card = protected.save(tmp_path / "out.png")
     gap = np.abs(decoded(tmp_path / "out.png") - decoded(tmp_path / "in.jpg")).max()
     assert card["budget"]["measured"] == gap == 8
+
+
+def test_latent_spaces_suffice_for_some_recipes_only(tmp_path: Path) -> None:
+    spaces = load_latents(str(write_spaces(tmp_path / "spaces", {"a": 4, "b": 16})), device=torch.device("cpu"))
+    picture = Picture(draw())
+    (protected,) = protect([picture], Latents(steps=8), surrogate=spaces, side=64, low_memory=True)
+    card = protected.save(tmp_path / "b.png")
+    assert 0 < card["budget"]["measured"] <= 8
+    moved, noise = card["effect"]["latent_shift"], card["effect"]["latent_shift_of_random_signs"]
+    assert moved.keys() == noise.keys() == {"a", "b"}
+    assert all(moved[name] > noise[name] > 0 for name in moved)
+    with pytest.raises(ValueError, match=r"a whole model for the recipe aspl, .* a recipe of random-sign, latents"):
+        protect([picture], "aspl", surrogate=spaces)

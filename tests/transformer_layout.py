@@ -1,11 +1,10 @@
-"""Stable Diffusion 3 and FLUX.1 at reduced width with random weights, and FLUX's original names for them."""
+"""Stable Diffusion 3, 3.5 and FLUX.1 dev and schnell at reduced width, with random weights."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 T5_WIDTH = 32
 SD3 = {

@@ -2,9 +2,14 @@
 
 import ctypes
 import gc
+import multiprocessing
+import os
 import platform
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 
 # glibc's malloc.h: an option of mallopt and its value.
 KEEP = {
@@ -59,3 +64,22 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def stop_as_by_ctrl_c() -> None:
+    """Let what ends a job or closes a terminal raise KeyboardInterrupt, as Ctrl-C does, so that work is tidied up.
+
+    A signal that is ignored, as by nohup, stays ignored.
+    """
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is killed: an executor's processes would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("expected a process that another one started, got the first; call it in a worker")
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -1,31 +1,28 @@
 """Protect pictures and say, with measured numbers, what was done to them."""
 
 import json
-import math
-import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch import Generator, Tensor
+import numpy as np
+from torch import Generator
 
-from antidiffusion.metrics.fidelity import psnr, ssim
-from antidiffusion.models.attention import mean_map, record_attention
-from antidiffusion.models.base import Surrogate, randn
+from antidiffusion.card import card_path, marked, measured, peak_memory, versions
+from antidiffusion.failures import expect_finite
+from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import LatentSpaces
+from antidiffusion.models.memory import low_memory as lean
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas, view_size
+from antidiffusion.pictures.files import atomic
+from antidiffusion.pictures.jpeg import write_jpeg
 from antidiffusion.pictures.picture import Picture, PictureError, linf
 from antidiffusion.progress import Progress, silent
 from antidiffusion.recipes import RECIPES, Recipe
-
-HELD_OUT_PROMPT = "a photo of a person"  # no recipe tunes on it
-HELD_OUT_STEPS = 8  # stratified times of the card's losses
-HELD_OUT_STREAM = 0x9E3779B9  # flips bits among the 32 that a seed has for torch: no recipe draws this noise
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,13 @@ class Protected:
     card: dict[str, Any]
     losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    def save(self, path: str | Path, *, overwrite: bool = False, quality: int | None = None) -> dict[str, Any]:
         """Write the picture, read it back, measure it, and write the card beside it: both files or neither.
+
+        Arguments:
+            path: File to write; its suffix decides the format.
+            overwrite: Replace existing files, though never the one that the original was read from.
+            quality: Of a JPEG, which alone may leave the budget: by a stated bound, see `antidiffusion.pictures.jpeg`.
 
         Returns:
             The card, with the written file's L-infinity distance in 1/255 units.
@@ -55,52 +57,55 @@ class Protected:
             RuntimeError: If the written file is outside the budget.
         """
         path = Path(path)
-        beside = card_path(path)
-        if not overwrite and beside.exists():
-            raise PictureError(f"{beside}: expected a new file, got an existing one; allow overwriting it")
-        self.picture.write(path, overwrite=overwrite)
-        partial = beside.with_name(f".{beside.name}.part")
-        try:
-            card = self._measure(path)
-            partial.write_text(json.dumps(card, indent=2, allow_nan=False) + "\n")
-            partial.replace(beside)
-        except BaseException as error:  # the next run would take a picture without a card for finished
-            partial.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                got = error.strerror or str(error)
-                raise PictureError(
-                    f"{beside}: expected a writable place with room, got {got!r}; choose another"
-                ) from error
-            raise
+        if self.original.source is not None and path.exists() and path.samefile(self.original.source):
+            raise PictureError(f"{path}: expected a new file, got the picture's own; choose another name")
+        with atomic(path, card_path(path), overwrite=overwrite) as (part, beside):
+            try:
+                allowed = self._write(part, quality)
+            except PictureError as error:  # which knows only the hidden folder
+                raise PictureError(str(error).replace(str(part), str(path))) from error
+            card = {"file": path.name} | self.card
+            card["budget"] = self.card["budget"] | self._measure(part, path, allowed, quality)
+            beside.write_text(json.dumps(card, indent=2, allow_nan=False) + "\n")
         return card
 
-    def _measure(self, path: Path) -> dict[str, Any]:
-        """Return the card of the written file."""
-        measured = linf(Picture.read(path), self.original)
-        if measured > self.card["budget"]["requested"]:
+    def _write(self, path: Path, quality: int | None) -> float:
+        """Write the file and return how far it may be from the original, in 1/255."""
+        budget = self.card["budget"]["requested"]
+        if quality is not None:
+            return budget + write_jpeg(marked(self.picture), path, quality)
+        picture = self.picture if path.suffix.lower() == ".bmp" else marked(self.picture)  # BMP holds bare pixels
+        picture.write(path)
+        return budget
+
+    def _measure(self, part: Path, path: Path, allowed: float, quality: int | None) -> dict[str, Any]:
+        """Return what the card says of the written file's distance."""
+        distance = linf(Picture.read(part), self.original)
+        if distance > allowed and quality is not None:
+            got = f"{distance}/255 at quality {quality}"
+            raise PictureError(f"{path}: expected a JPEG within {allowed:g}/255, got {got}; use a higher quality")
+        if distance > allowed:
             raise RuntimeError(
-                f"expected {path} within {self.card['budget']['requested']:g}/255 of the original, got {measured}/255; "
+                f"expected {path} within {allowed:g}/255 of the original, got {distance}/255; "
                 "this is a bug: please report it with the picture's format and size"
             )
-        card = {"file": path.name} | self.card
-        card["budget"] = self.card["budget"] | {"measured": measured, "measured_on": "the written file, read back"}
-        return card
-
-
-def card_path(picture: Path) -> Path:
-    """Return where the report card of a protected picture is: beside it."""
-    return picture.with_name(f"{picture.name}.json")
+        found = {"measured": distance, "measured_on": "the written file, read back"}
+        if quality is None:
+            return found
+        return found | {"jpeg_quality": quality, "allowed_as_jpeg": allowed}
 
 
 def protect(
     pictures: Sequence[Picture | str | Path],
     recipe: Recipe | str = "anti-diffusion",
     *,
-    surrogate: Surrogate,
+    surrogate: Surrogate | LatentSpaces,
     seed: int = 0,
     together: bool = False,
     side: int | None = None,
+    mask: Picture | str | Path | None = None,
+    luma: bool = False,
+    low_memory: bool = False,
     progress: Progress = silent,
 ) -> list[Protected]:
     """Protect pictures against tuning and editing with the surrogate's kind of model.
@@ -108,10 +113,14 @@ def protect(
     Arguments:
         pictures: Pictures or paths of them.
         recipe: A recipe or its name in `RECIPES`.
-        surrogate: The model to protect against; its weights are the same afterwards.
+        surrogate: The model to protect against; its weights are the same afterwards. Latent spaces suffice for some
+            recipes.
         seed: Of all randomness. A picture gives the same bytes alone and among others, unless `together`.
         together: Protect all pictures, of one person, jointly: one text embedding and one tuned surrogate.
         side: Resolution in pixels at which the surrogate looks; the model's own if None.
+        mask: A picture as large as the others, white where these may change; anywhere if None.
+        luma: Move the channels of a pixel alike, so that colours stay.
+        low_memory: Recompute instead of keeping, and have on disk what is not needed: half of the memory, more time.
         progress: Called after every step with the stage's name, the steps done and the steps in all.
 
     Returns:
@@ -119,7 +128,8 @@ def protect(
 
     Raises:
         PictureError: If a picture cannot be read.
-        ValueError: If the recipe is unknown or has impossible settings.
+        ValueError: If the recipe is unknown, has impossible settings or no meaning for the model, or the mask does not
+            fit the pictures.
     """
     if isinstance(pictures, str | Path | Picture):
         raise ValueError(f"expected a list of pictures, got {type(pictures).__name__}; put it in brackets")
@@ -128,19 +138,52 @@ def protect(
             raise ValueError(f"expected a recipe of {', '.join(RECIPES)}, got {recipe!r}; see --help")
         recipe = RECIPES[recipe]
     Linf(recipe.budget)
+    expect_enough(surrogate, recipe)
     read = [picture if isinstance(picture, Picture) else Picture.read(picture) for picture in pictures]
+    where = Where(None if mask is None else white(mask), luma)
     groups = [read] if together else [[picture] for picture in read]
-    return [
-        protected for group in groups for protected in _protect_group(group, recipe, surrogate, seed, side, progress)
-    ]
+    how: dict[str, Any] = {"seed": seed, "side": side, "where": where, "low_memory": low_memory, "progress": progress}
+    return [protected for group in groups for protected in _protect_group(group, recipe, surrogate, **how)]
+
+
+def expect_enough(surrogate: Surrogate | LatentSpaces, recipe: Recipe) -> None:
+    """Raise ValueError if a recipe asks for more than the encoders of latent spaces."""
+    if isinstance(surrogate, LatentSpaces) and not getattr(recipe, "encoders_suffice", False):
+        able = [name for name, known in RECIPES.items() if getattr(known, "encoders_suffice", False)]
+        raise ValueError(
+            f"expected a whole model for the recipe {_name(recipe)}, got latent spaces, which have encoders only; name "
+            f"a model, or take a recipe of {', '.join(able)}"
+        )
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where perturbations may be: a mask `(H, W)` bool, or None, and whether channels move alike."""
+
+    mask: np.ndarray | None
+    luma: bool
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the report card says of it."""
+        return {"luma": self.luma, "mask_share": None if self.mask is None else round(float(self.mask.mean()), 4)}
+
+
+def white(mask: Picture | str | Path) -> np.ndarray:
+    """Return where a picture is white, `(H, W)` bool."""
+    picture = mask if isinstance(mask, Picture) else Picture.read(mask)
+    return picture.pixels.mean(-1) > 127.5
 
 
 def _protect_group(
     pictures: Sequence[Picture],
     recipe: Recipe,
-    surrogate: Surrogate,
+    surrogate: Surrogate | LatentSpaces,
+    *,
     seed: int,
     side: int | None,
+    where: Where,
+    low_memory: bool,
     progress: Progress,
 ) -> list[Protected]:
     begun = time.perf_counter()
@@ -149,15 +192,14 @@ def _protect_group(
     for picture in pictures:
         height, width, _ = picture.pixels.shape
         size = view_size(height, width, side or surrogate.size, surrogate.multiple)
-        canvases.append(Canvas(picture.pixels, size, surrogate.device))
-    trace = recipe(canvases, surrogate, Generator().manual_seed(seed), progress)
+        canvases.append(Canvas(picture.pixels, size, surrogate.device, mask=where.mask, luma=where.luma))
+    with lean(surrogate) if low_memory else nullcontext():
+        trace = recipe(canvases, cast(Surrogate, surrogate), Generator().manual_seed(seed), progress)
     seconds = time.perf_counter() - begun
     results = []
     for picture, canvas in zip(pictures, canvases, strict=True):
-        budget = Linf(recipe.budget)
-        protected = picture.with_pixels(canvas.pixels(budget))
-        written = Canvas(protected.pixels, canvas.size, surrogate.device)
-        x, y = picture.tensor(), protected.tensor()
+        expect_finite(canvas.delta, "the perturbation")
+        protected = picture.with_pixels(canvas.pixels(Linf(recipe.budget)))
         card = {
             "recipe": {"name": _name(recipe)} | asdict(recipe),  # type: ignore[call-overload]
             "seed": seed,
@@ -169,9 +211,8 @@ def _protect_group(
                 "protected_together": len(pictures),
                 "notes": list(picture.notes),
             },
-            "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"},
-            "fidelity": _finite({"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()}),
-            "effect": _finite(effect(surrogate, canvas.clean_view, written.clean_view, seed)),
+            "budget": {"requested": recipe.budget, "unit": "1/255, L-infinity"} | where.card,
+            **measured(picture, protected, canvas, surrogate, seed, Linf(recipe.budget)),
             "cost": {"seconds": round(seconds, 2), "peak_memory_mb": round(peak_memory(surrogate.device) / 1e6)},
             "versions": versions(),
         }
@@ -181,66 +222,3 @@ def _protect_group(
 
 def _name(recipe: Recipe) -> str:
     return next((name for name, known in RECIPES.items() if type(known) is type(recipe)), type(recipe).__name__)
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with None for infinities (the PSNR of equal pictures) and NaN, which JSON cannot say."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-
-
-@torch.no_grad()
-def effect(surrogate: Surrogate, clean: Tensor, protected: Tensor, seed: int) -> dict[str, Any]:
-    """Measure what the untouched surrogate makes of a protected picture, at noise and steps that no recipe used.
-
-    Arguments:
-        surrogate: The model, not tuned.
-        clean, protected: Views `(1, 3, h, w)` in [0, 1].
-        seed: Of the noise; another stream than the recipes'.
-
-    Returns:
-        Denoising loss before and after with a held-out prompt and their ratio; share of the cross-attention mass that
-        moved to another token (total variation, 0 to 1), and the begin-of-text token's share before and after.
-    """
-    embedding = surrogate.embed([HELD_OUT_PROMPT])
-    t = surrogate.schedule.time((torch.arange(HELD_OUT_STEPS) + 0.5) / HELD_OUT_STEPS).to(surrogate.device)
-    layers = surrogate.map_layers()
-    losses, attention = [], []
-    for x in (clean, protected):
-        z = surrogate.posterior(x).mean
-        generator = Generator().manual_seed(seed ^ HELD_OUT_STREAM)
-        total, maps = 0.0, []
-        for step in t.split(1):  # one at a time: a large model's activations need not live eightfold
-            n = randn(z.shape, generator, z)
-            with record_attention(surrogate, layers) as recorded:
-                total += surrogate.denoising_loss(z, n, step, embedding).item() / len(t)
-            maps.append(mean_map(recorded))
-        losses.append(total)
-        attention.append(torch.cat(maps))
-    return {
-        "prompt": HELD_OUT_PROMPT,
-        "denoising_loss_before": losses[0],
-        "denoising_loss_after": losses[1],
-        "denoising_loss_ratio": losses[1] / losses[0],
-        "attention_mass_moved": ((attention[0] - attention[1]).abs().sum(-1).mean() / 2).item(),
-        "begin_token_share_before": attention[0][..., 0].mean().item(),
-        "begin_token_share_after": attention[1][..., 0].mean().item(),
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the process's peak memory in bytes: of the accelerator on CUDA, resident set elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("antidiffusion", "torch", "diffusers", "transformers", "pillow")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}

@@ -29,7 +29,7 @@ def test_equals_a_plain_training_loop(sd15, tiny: Surrogate, x: Tensor) -> None:
     with CustomDiffusion(**options, batch_size=1).tuned(x, PROMPT, tiny, 5) as tuned:
         torch.testing.assert_close(torch.tensor(tuned.losses), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
         expected = keys_and_values(pipe.unet)
-        for name, value in keys_and_values(tiny.unet).items():
+        for name, value in keys_and_values(tiny.denoiser).items():
             assert (value - expected[name]).abs().mean() < 1e-5
 
 
@@ -38,7 +38,7 @@ def test_only_what_reads_the_text_is_tuned(tiny: Surrogate, x: Tensor) -> None:
     with CustomDiffusion(steps=1).tuned(x, PROMPT, tiny, 0):
         pairs = zip(before, tiny.modules, strict=True)
         changed = {n for old, part in pairs for n, value in part.state_dict().items() if not value.equal(old[n])}
-    assert changed == keys_and_values(tiny.unet).keys()
+    assert changed == keys_and_values(tiny.denoiser).keys()
 
 
 def test_diffusers_draws_the_same_with_the_file(checkpoint, surrogate: Surrogate, x: Tensor, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_diffusers_draws_the_same_with_the_file(checkpoint, surrogate: Surrogate
     assert (stock.draw(pipe, [PORTRAIT], 0) - ours).abs().max() < 1e-3
     assert (ours - untuned).abs().max() > 0.02
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
-    tuned_weights = sum(value.numel() for value in keys_and_values(surrogate.unet).values())
+    tuned_weights = sum(value.numel() for value in keys_and_values(surrogate.denoiser).values())
     assert sum(value.numel() for value in load_file(tmp_path / FILE).values()) == tuned_weights
 
 

@@ -88,7 +88,7 @@ def test_impossible_masks(tiny: Surrogate, x: Tensor, mask: Tensor | None, messa
         Inpaint()(x, Prompts(PROMPT, mask=mask), tiny, 0)
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"strength": 0}, {"strength": 1.1}, {"strength": 0.01}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"strength": 0}, {"strength": 1.1}])
 def test_impossible_settings(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"expected a strength in \(0, 1\] that runs a step"):
+    with pytest.raises(ValueError, match=r"expected a strength in \(0, 1\], got|expected at least 1 step, got 0"):
         Inpaint(**options)

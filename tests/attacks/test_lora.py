@@ -117,18 +117,18 @@ def test_impossible_ranks() -> None:
 
 def test_files_that_do_not_fit(tiny: Surrogate, x: Tensor, tmp_path: Path) -> None:
     def refused(reason: str) -> None:
-        before = list(tiny.unet.state_dict())
+        before = list(tiny.denoiser.state_dict())
         with pytest.raises(ValueError, match=f"expected a LoRA of this model in .*{reason}"), load_lora(tiny, tmp_path):
             pass
-        assert list(tiny.unet.state_dict()) == before
-        assert not getattr(tiny.unet, "peft_config", None)
+        assert list(tiny.denoiser.state_dict()) == before
+        assert not getattr(tiny.denoiser, "peft_config", None)
 
     refused("got an error")
     with LoRA(steps=1).tuned(x, PROMPT, tiny, 0) as tuned:
         tuned.save(tmp_path)
         with pytest.raises(ValueError, match="expected a UNet without adapters, got tuning"), load_lora(tiny, tmp_path):
             pass
-        assert tiny.unet.peft_config
+        assert tiny.denoiser.peft_config
     state = load_file(tmp_path / FILE)
     save_file({f"other.{key}": value for key, value in state.items()}, tmp_path / FILE)
     refused("got ")
@@ -142,7 +142,7 @@ def test_adapters_are_not_stacked(tiny: Surrogate, x: Tensor, tmp_path: Path) ->
     with LoRA(steps=1).tuned(x, PROMPT, tiny, 0) as tuned:
         tuned.save(tmp_path)
     with load_lora(tiny, tmp_path):
-        loaded = list(tiny.unet.state_dict())
+        loaded = list(tiny.denoiser.state_dict())
         with pytest.raises(ValueError, match="expected a UNet without adapters, got default_0; take"):
             LoRA(steps=1)(x, Prompts(PORTRAIT, PROMPT), tiny, 0)
-        assert list(tiny.unet.state_dict()) == loaded
+        assert list(tiny.denoiser.state_dict()) == loaded

@@ -6,11 +6,10 @@ from torch import Generator, Tensor
 
 import antidiffusion.attacks.masactrl
 from antidiffusion.attacks.base import Prompts
-from antidiffusion.attacks.inversion import invert
 from antidiffusion.attacks.masactrl import MasaCtrl
-from antidiffusion.models.attention import SharingProcessor
+from antidiffusion.models.attention import Attend, Watched, sharing
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.sampling import denoise
+from antidiffusion.models.sampling import denoise, invert, way_down
 
 SOURCE, TARGET = "a portrait of a person", "a portrait of a person wearing a hat"
 PROMPTS = Prompts(TARGET, SOURCE)
@@ -18,13 +17,12 @@ PROMPTS = Prompts(TARGET, SOURCE)
 
 def plain(x: Tensor, surrogate: Surrogate, prompts: Prompts, steps: int, guidance: float) -> Tensor:
     """Invert with the source and denoise with the target, without any control."""
-    surrogate.scheduler.set_timesteps(steps)
-    timesteps = surrogate.scheduler.timesteps
+    times = way_down(surrogate, x.shape[-2], x.shape[-1], steps)
     source, target = surrogate.embed([str(prompts.source)]), surrogate.embed([str(prompts.target)])
     with torch.no_grad():
         z = surrogate.encode(x, Generator().manual_seed(3))
-    noise = invert(z, timesteps, source, surrogate)[0]
-    return surrogate.decode(denoise(noise, timesteps, target, surrogate, guidance=guidance))
+    noise = invert(z, times, source, surrogate)[0]
+    return surrogate.decode(denoise(noise, times, target, surrogate, guidance=guidance))
 
 
 @pytest.mark.parametrize("share", [{"first_step": 1.0}, {"first_layer": 1.0}])
@@ -49,18 +47,21 @@ def test_the_paper_s_layers_in_the_paper_s_steps(
     tiny: Surrogate, x: Tensor, monkeypatch: pytest.MonkeyPatch, guidance: float, batch: int
 ) -> None:
     batches, named = list[int](), list[str]()
-    attend, processed = SharingProcessor.attend, antidiffusion.attacks.masactrl.processed
+    watched = antidiffusion.attacks.masactrl.watched
 
-    def counted(self: Any, query: Tensor, *rest: Any) -> Tensor:
-        batches.append(len(query))
-        return attend(self, query, *rest)
+    def counted(count: int) -> Attend:
+        def attend(query: Tensor, *rest: Any) -> Tensor:
+            batches.append(len(query))
+            return sharing(count)(query, *rest)
 
-    def spied(unet: Any, layers: list[str], processor: Any) -> Any:
+        return attend
+
+    def spied(surrogate: Surrogate, layers: list[str], attend: Attend) -> Any:
         named.extend(layers)
-        return processed(unet, layers, processor)
+        return watched(surrogate, layers, attend)
 
-    monkeypatch.setattr(SharingProcessor, "attend", counted)
-    monkeypatch.setattr(antidiffusion.attacks.masactrl, "processed", spied)
+    monkeypatch.setattr(antidiffusion.attacks.masactrl, "sharing", counted)
+    monkeypatch.setattr(antidiffusion.attacks.masactrl, "watched", spied)
     MasaCtrl(steps=5, first_step=0.4, guidance=guidance)(x, PROMPTS, tiny, 0)
     assert len(named) == 6 and {name[:12] for name in named} == {"up_blocks.2.", "up_blocks.3."}
     assert batches == [batch] * (6 * 3)
@@ -77,16 +78,16 @@ def test_the_seed_decides_and_a_batch_does_not(tiny: Surrogate) -> None:
 
 
 def test_processors_come_back_after_an_error(tiny: Surrogate, x: Tensor) -> None:
-    before = tiny.unet.attn_processors
+    before = tiny.denoiser.attn_processors
 
     def stop(stage: str, done: int, total: int) -> None:
         if done == 3:
-            assert any(isinstance(value, SharingProcessor) for value in tiny.unet.attn_processors.values())
+            assert any(isinstance(value, Watched) for value in tiny.denoiser.attn_processors.values())
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         MasaCtrl(steps=2, first_step=0)(x, PROMPTS, tiny, 0, progress=stop)
-    assert all(value is before[name] for name, value in tiny.unet.attn_processors.items())
+    assert all(value is before[name] for name, value in tiny.denoiser.attn_processors.items())
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,22 @@
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
+import antidiffusion.attacks.prompt_to_prompt
 from antidiffusion.attacks.base import Prompts
-from antidiffusion.attacks.inversion import invert
 from antidiffusion.attacks.prompt_to_prompt import (
     PromptToPrompt,
     correspondence,
     inject_cross,
     inject_self,
     reweighted,
-    words,
 )
-from antidiffusion.models.attention import EditingProcessor
-from antidiffusion.models.base import Surrogate
-from antidiffusion.models.sampling import denoise
+from antidiffusion.models.attention import Watched, editing
+from antidiffusion.models.base import Places, Surrogate
+from antidiffusion.models.sampling import denoise, invert, way_down
 
 SOURCE, TARGET = "a portrait of a person", "a portrait of a person wearing a hat"
 PROMPTS = Prompts(TARGET, SOURCE)
@@ -27,13 +26,12 @@ ON: Any = {"cross_replace": 1.0, "self_replace": 1.0}
 
 def plain(x: Tensor, surrogate: Surrogate, prompts: Prompts, steps: int, guidance: float) -> Tensor:
     """Invert with the source and denoise with the target, without any control."""
-    surrogate.scheduler.set_timesteps(steps)
-    timesteps = surrogate.scheduler.timesteps
+    times = way_down(surrogate, x.shape[-2], x.shape[-1], steps)
     source, target = surrogate.embed([str(prompts.source)]), surrogate.embed([str(prompts.target)])
     with torch.no_grad():
         z = surrogate.encode(x, Generator().manual_seed(3))
-    noise = invert(z, timesteps, source, surrogate)[0]
-    return surrogate.decode(denoise(noise, timesteps, target, surrogate, guidance=guidance))
+    noise = invert(z, times, source, surrogate)[0]
+    return surrogate.decode(denoise(noise, times, target, surrogate, guidance=guidance))
 
 
 def test_without_injection_it_is_plain(surrogate: Surrogate, x: Tensor) -> None:
@@ -55,14 +53,15 @@ def test_the_source_s_own_text_draws_the_source(surrogate: Surrogate, x: Tensor)
 
 def test_shares_of_the_steps(tiny: Surrogate, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     edits: dict[str, list[tuple[int, ...]]] = {"cross": [], "self": []}
-    attend = EditingProcessor.attend
 
-    def counted(self: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if self.applies(query.shape[2]):
-            edits["cross" if key.shape[2] == 32 else "self"].append((len(query), query.shape[2]))
-        return attend(self, query, key, value, scale)
+    def counted(edit: Any, *, text: bool, most: int | None = None) -> Any:
+        def spied(maps: Tensor) -> Tensor:
+            edits["cross" if text else "self"].append((len(maps), maps.shape[2]))
+            return edit(maps)
 
-    monkeypatch.setattr(EditingProcessor, "attend", counted)
+        return editing(spied, text=text, most=most)
+
+    monkeypatch.setattr(antidiffusion.attacks.prompt_to_prompt, "editing", counted)
     PromptToPrompt(steps=5)(x, PROMPTS, tiny, 0)
     assert {batch for found in edits.values() for batch, _ in found} == {6}
     assert len(edits["cross"]) == 4 * 16  # 0.8 of 5 steps, all layers
@@ -70,25 +69,31 @@ def test_shares_of_the_steps(tiny: Surrogate, x: Tensor, monkeypatch: pytest.Mon
     assert {positions for _, positions in edits["self"]} == {1, 4, 16}
 
 
+def mixed(attend: Any, maps: Tensor) -> Tensor:
+    """Return the probabilities that an attention makes of others, `(B, heads, N, 3)`: values are the unit vectors."""
+    eye = torch.eye(3).expand(*maps.shape[:2], 3, 3)
+    return attend(maps.log(), eye, eye, 1.0, Places(slice(None), slice(None), slice(None)))
+
+
 def test_injection_changes_only_the_target() -> None:
-    maps = torch.rand(3 * 2, 4, 5, 3, generator=Generator().manual_seed(0))
+    maps = torch.rand(3 * 2, 4, 5, 3, generator=Generator().manual_seed(0)).softmax(-1)
     mapping = torch.tensor([[[1.0, 0, 0], [0, 0, 0], [0, 1, 0]], [[0, 0, 0], [0, 0, 0], [0, 0, 1]]])
     factors = torch.tensor([[1.0, 2, 1], [1, 1, 3]])
-    found = inject_cross(mapping, factors).edit(maps)
-    assert torch.equal(found[:2], maps[:2]) and torch.equal(found[4:], maps[4:])
+    found = mixed(inject_cross(mapping, factors), maps)
+    torch.testing.assert_close((found[:2], found[4:]), (maps[:2], maps[4:]))
     expected = [maps[0, ..., 0], 2 * maps[0, ..., 2], maps[2, ..., 2]]
     torch.testing.assert_close(found[2], torch.stack(expected, -1))
     torch.testing.assert_close(found[3], torch.stack([maps[3, ..., 0], maps[3, ..., 1], 3 * maps[1, ..., 2]], -1))
-    selves = inject_self(2, 16)
-    assert selves.applies(16) and not selves.applies(17)
-    assert torch.equal(selves.edit(maps), torch.cat([maps[:2], maps[:2], maps[4:]]))
-    assert torch.equal(selves.edit(maps[:4]), torch.cat([maps[:2], maps[:2]]))  # without guidance
+    for count in (6, 4):  # with guidance and without
+        expected = torch.cat([maps[:2], maps[:2], maps[4:]])[:count]
+        torch.testing.assert_close(mixed(inject_self(2, 5), maps[:count]), expected)
+        torch.testing.assert_close(mixed(inject_self(2, 4), maps[:count]), maps[:count])  # finer than coarse
 
 
 @pytest.mark.parametrize("text", ["A photo,of  Zanzibar!? (1999)", "x" * 40, "don't  'quote' semi;colon", "", " . "])
 def test_words_cover_the_tokens(tiny: Surrogate, text: str) -> None:
     tokenizer = tiny.tokenizers[0]
-    found = words(text, tokenizer)
+    found = tiny.words(text)
     room = tokenizer.model_max_length - 1
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert [place for _, positions in found for place in positions] == list(range(1, min(1 + len(ids), room)))
@@ -96,15 +101,16 @@ def test_words_cover_the_tokens(tiny: Surrogate, text: str) -> None:
 
 
 def test_a_comma_is_a_word_of_its_own(tiny: Surrogate) -> None:
-    found = words("a person, smiling", tiny.tokenizers[0])
+    found = tiny.words("a person, smiling")
     assert [word for word, _ in found] == ["a", "person", ",", "smiling"]
 
 
 def test_a_name_added_to_the_tokenizer_is_one_word(tiny: Surrogate) -> None:
-    tokenizer = deepcopy(tiny.tokenizers[0])
+    model, tokenizer = copy(tiny), deepcopy(tiny.tokenizers[0])
     tokenizer.add_tokens(["<a.b>"])
-    assert words("see <a.b> here", tokenizer)[1][0] == "<a.b>"
-    assert sum(len(positions) for _, positions in words("<a.b>", tokenizer)) == 1
+    model.tokenizers = [tokenizer]
+    assert model.words("see <a.b> here")[1][0] == "<a.b>"
+    assert sum(len(positions) for _, positions in model.words("<a.b>")) == 1
 
 
 def named(*lengths: tuple[str, int]) -> list[tuple[str, range]]:
@@ -137,12 +143,12 @@ def test_other_numbers_of_words_keep_their_own_maps() -> None:
 
 def test_the_same_text_corresponds_to_itself(tiny: Surrogate) -> None:
     for text in ("", TARGET, "very " * 40):
-        found = words(text, tiny.tokenizers[0])
+        found = tiny.words(text)
         assert torch.equal(correspondence(found, found, 32), torch.eye(32))
 
 
 def test_reweighting(tiny: Surrogate, x: Tensor) -> None:
-    texts = [words(text, tiny.tokenizers[0]) for text in (TARGET, SOURCE)]
+    texts = [tiny.words(text) for text in (TARGET, SOURCE)]
     factors = reweighted(texts, [("HAT", 3.0), ("person", 0.5)], 32)
     assert {place: value for place, value in enumerate(factors[0].tolist()) if value != 1} == {
         **dict.fromkeys(texts[0][4][1], 0.5),
@@ -164,16 +170,16 @@ def test_the_seed_decides_and_a_batch_does_not(tiny: Surrogate) -> None:
 
 
 def test_processors_come_back_after_an_error(tiny: Surrogate, x: Tensor) -> None:
-    before = tiny.unet.attn_processors
+    before = tiny.denoiser.attn_processors
 
     def stop(stage: str, done: int, total: int) -> None:
         if done == 3:
-            assert sum(isinstance(value, EditingProcessor) for value in tiny.unet.attn_processors.values()) == 32
+            assert sum(isinstance(value, Watched) for value in tiny.denoiser.attn_processors.values()) == 32
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         PromptToPrompt(steps=2, **ON)(x, PROMPTS, tiny, 0, progress=stop)
-    assert all(value is before[name] for name, value in tiny.unet.attn_processors.items())
+    assert all(value is before[name] for name, value in tiny.denoiser.attn_processors.items())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.ndimage
 import torch
@@ -12,25 +13,32 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from antidiffusion.attacks import purify
+from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.purify import (
     PURIFIERS,
     bit_depth,
     blur,
     crop_resize,
+    denoise,
     diffpure,
     gridpure,
     jpeg,
+    jpeg_lanczos,
+    lanczos,
     median,
     noise,
+    noisy_upscale,
     rescale,
 )
+from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.metrics.fidelity import psnr
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.picture import Picture
+from antidiffusion.pictures.tensors import to_bytes
 
-WITH_A_MODEL = ("vae", "diffpure", "gridpure")
+WITH_A_MODEL = ("vae", "diffpure", "gridpure", "denoise-05", "denoise-15", "noisy-upscale")
 PIXELS = [name for name in PURIFIERS if name not in WITH_A_MODEL]
-RANDOM = ("noise", "diffpure", "gridpure")
+RANDOM = ("noise", *WITH_A_MODEL[1:])
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,7 @@ def test_a_flat_picture_stays(name: str, tiny: Surrogate) -> None:
 def test_settings_that_keep_the_picture(tiny: Surrogate, photo: Tensor) -> None:
     keeping = [
         partial(rescale, factor=1),
+        partial(lanczos, factor=1),
         partial(crop_resize, share=1),
         partial(blur, sigma=0.1),
         partial(median, size=1),
@@ -86,6 +95,8 @@ def test_a_stronger_setting_changes_more(tiny: Surrogate, photo: Tensor) -> None
     series = [
         [partial(jpeg, quality=quality) for quality in (95, 75, 50, 10)],
         [partial(rescale, factor=factor) for factor in (0.9, 0.5, 0.2)],
+        [partial(lanczos, factor=factor) for factor in (0.9, 0.5, 0.2)],
+        [partial(jpeg_lanczos, quality=75, factor=factor) for factor in (0.9, 0.5, 0.2)],
         [partial(blur, sigma=sigma) for sigma in (0.5, 1, 3)],
         [partial(median, size=size) for size in (3, 5, 9)],
         [partial(noise, sigma=sigma) for sigma in (0.01, 0.05, 0.2)],
@@ -117,6 +128,27 @@ def test_filters_equal_independent_references(tiny: Surrogate, x: Tensor, tmp_pa
         assert torch.equal(jpeg(x, tiny, 0, quality=75)[index], expected)
 
 
+def test_pillows_filter_is_another_than_ours(tiny: Surrogate, photo: Tensor) -> None:
+    height, width = photo.shape[-2:]
+    picture = Image.fromarray(to_bytes(photo)[0])
+    for size in ((width // 2, height // 2), (width, height)):
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    found = lanczos(photo, tiny, 0, factor=0.5)
+    assert (to_bytes(found)[0] == np.asarray(picture)).all()
+    assert not torch.allclose(found, rescale(photo, tiny, 0, factor=0.5), atol=4 / 255)
+
+
+def test_denoising_is_the_attackers_own_image_to_image(tiny: Surrogate, photo: Tensor) -> None:
+    x = photo[..., :64, :64]
+    expected = SDEdit(strength=0.15, guidance=1.0)(x, Prompts(""), tiny, 3)
+    assert torch.equal(PURIFIERS["denoise-15"](x, tiny, 3), expected)
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(purify, "denoise", lambda x, *arguments, **options: sizes.append(x.shape) or x)
+        noisy_upscale(x, tiny, 0)
+    assert sizes == [(1, 3, 128, 128)]
+
+
 def test_noise_has_its_spread_and_bits_their_levels(tiny: Surrogate, x: Tensor) -> None:
     grey = torch.full((1, 3, 128, 128), 0.5)
     noisy = noise(grey, tiny, 0, sigma=0.05)
@@ -129,7 +161,7 @@ def test_noise_has_its_spread_and_bits_their_levels(tiny: Surrogate, x: Tensor) 
 def test_noise_to_be_washed_out_gets_less(tiny: Surrogate, photo: Tensor) -> None:
     signs = torch.randn(photo.shape, generator=Generator().manual_seed(0)).sign()
     protected = (photo + 8 / 255 * signs).clamp(0, 1)
-    for name in ("jpeg-50", "rescale", "blur", "median"):
+    for name in ("jpeg-50", "rescale", "lanczos", "jpeg-75-half", "blur", "median"):
         left = PURIFIERS[name](protected, tiny, 0) - PURIFIERS[name](photo, tiny, 0)
         assert left.square().mean() < 0.8 * (protected - photo).square().mean()
 
@@ -146,7 +178,7 @@ def test_a_model_that_knows_the_answer_gives_the_picture_back(
 
     def oracle(z_t: Tensor, t: Tensor, condition: object) -> Tensor:
         clean = torch.cat([purify._cut(z, size, origin) for origin in origins]) if z_t.shape != z.shape else z
-        signal, noise = (table[t].view(-1, 1, 1, 1) for table in (tiny.schedule.signal, tiny.schedule.noise))
+        signal, noise = (factor.view(-1, 1, 1, 1) for factor in tiny.schedule(t))
         return (z_t - signal * clean) / noise
 
     monkeypatch.setattr(tiny, "predict", oracle)
@@ -163,17 +195,17 @@ def test_the_reverse_process_has_the_marginals_and_the_memory_of_ddpm(
     seen: dict[int, Tensor] = {}
 
     def oracle(z_t: Tensor, t: Tensor, condition: object) -> Tensor:
-        signal, noise = (table[t].view(-1, 1, 1, 1) for table in (tiny.schedule.signal, tiny.schedule.noise))
+        signal, noise = (factor.view(-1, 1, 1, 1) for factor in tiny.schedule(t))
         seen[int(t[0])] = (z_t - signal * z) / noise
         return seen[int(t[0])]
 
     monkeypatch.setattr(tiny, "predict", oracle)
-    result = purify._renoise(z, 600, 6, purify.unconditional(tiny), tiny, Generator().manual_seed(0))
+    result = purify._renoise(z, 600, 6, tiny.unconditional(), tiny, Generator().manual_seed(0))
     torch.testing.assert_close(result, z, atol=1e-4, rtol=0)
     assert list(seen) == [600, 500, 400, 300, 200, 100]
     for n in seen.values():
         assert float(n.mean()) == pytest.approx(0, abs=0.02) and float(n.std()) == pytest.approx(1, rel=0.02)
-    signal, noise = tiny.schedule.signal.square(), tiny.schedule.noise.square()
+    signal, noise = (factor.square() for factor in tiny.schedule(torch.arange(1000)))
     for t, s in pairwise(seen):
         expected = math.sqrt(1 - float((1 - signal[t] / signal[s]) / noise[t]))
         assert float((seen[t] * seen[s]).mean()) == pytest.approx(expected, abs=0.02) and expected < 0.98
@@ -237,6 +269,9 @@ def test_wrong_pictures_are_refused(name: str, tiny: Surrogate, x: Tensor) -> No
     [
         *(partial(jpeg, quality=quality) for quality in (0, 101)),
         *(partial(rescale, factor=factor) for factor in (0, 1.1, math.nan)),
+        *(partial(lanczos, factor=factor) for factor in (0, 1.1, math.nan)),
+        *(partial(denoise, strength=strength) for strength in (0, 0.01, 1.1)),
+        partial(noisy_upscale, factor=0),
         *(partial(crop_resize, share=share) for share in (0, 1.1)),
         *(partial(blur, sigma=sigma) for sigma in (0, -1, math.nan)),
         *(partial(median, size=size) for size in (0, 2, -1)),

@@ -56,10 +56,22 @@ def test_little_strength_keeps_the_picture(mini: Surrogate) -> None:
     assert weak < strong
 
 
-@pytest.mark.parametrize("strength", [0, -0.5, 1.1, 0.01, float("nan")])
+@pytest.mark.parametrize("strength", [0, -0.5, 1.1, float("nan")])
 def test_impossible_strengths(strength: float) -> None:
-    with pytest.raises(ValueError, match=r"expected a strength in \(0, 1\].* of 50 steps; try 0\.5"):
+    with pytest.raises(ValueError, match=r"expected a strength in \(0, 1\], got .*; try 0\.5"):
         SDEdit(strength=strength)
+
+
+def test_a_strength_of_no_step(tiny: Surrogate, x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected a strength in \(0, 1\] that runs a step, got 0.01 of 50 steps"):
+        SDEdit(strength=0.01)(x, Prompts(PROMPT), tiny, seed=0)
+
+
+def test_what_is_left_out_is_usual_for_the_model(tiny: Surrogate, x: Tensor) -> None:
+    asked: list[tuple[str, int, int]] = []
+    expected = SDEdit(strength=0.1, guidance=7.5, steps=50)(x, Prompts(PROMPT), tiny, seed=0)
+    found = SDEdit(strength=0.1)(x, Prompts(PROMPT), tiny, seed=0, progress=lambda *call: asked.append(call))
+    assert torch.equal(found, expected) and asked[-1][1:] == (5, 5)
 
 
 def test_impossible_sizes(tiny: Surrogate) -> None:

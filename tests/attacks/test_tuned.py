@@ -52,7 +52,7 @@ def assert_untouched(surrogate: Surrogate, before: dict[str, Tensor], tokenizers
     assert len(surrogate.tokenizers[0]) == surrogate.text_encoders[0].get_input_embeddings().num_embeddings
     parameters = [parameter for module in surrogate.modules for parameter in module.parameters()]
     assert not any(p.requires_grad or p.grad is not None or p._post_accumulate_grad_hooks for p in parameters)
-    assert not surrogate.unet.is_gradient_checkpointing
+    assert not surrogate.denoiser.is_gradient_checkpointing
 
 
 def interrupt(after: int) -> Progress:
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Surrogate, x: Tensor, atta
     losses, flags = [], []
 
     def report(stage: str, done: int, total: int) -> None:
-        flags.append(tiny.unet.is_gradient_checkpointing)
+        flags.append(tiny.denoiser.is_gradient_checkpointing)
 
     for checkpointing in (False, True):
         chosen = replace(attack, gradient_checkpointing=checkpointing, learning_rate=1e-4)
@@ -163,7 +163,7 @@ def test_the_learning_rate_is_the_surrogates(tiny: Surrogate, x: Tensor, attack:
     surrogate = replace(tiny, learning_rate=rates[0], lora_learning_rate=rates[1])
     attack = replace(attack, steps=1)
     with attack.tuned(x, PROMPT, surrogate, 0):
-        weight = surrogate.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v
+        weight = surrogate.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v
         weight = weight.lora_B["tuning"].weight if isinstance(attack, LoRA) else weight.weight
         moved = weight.detach().clone()
     start = 0 if isinstance(attack, LoRA) else weight

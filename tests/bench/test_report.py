@@ -42,7 +42,7 @@ def test_the_order_of_rows_does_not_matter(tmp_path: Path, suffix: str) -> None:
     ("changes", "fragment"),
     [
         ({"item": None}, "expected 'item' as str, got None"),
-        ({"kind": "edits"}, "expected a kind of protection, edit, tuning, got 'edits'"),
+        ({"kind": "edits"}, "expected a kind of protection, floor, edit, tuning, got 'edits'"),
         ({"metrics": {"psnr": "30"}}, "expected a finite number or null as 'psnr', got '30'"),
         ({"metrics": {"psnr": float("inf")}}, "expected a finite number or null as 'psnr', got inf"),
         ({"seconds": "1"}, "expected 'seconds' as "),

@@ -2,11 +2,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_rows import FAILED, edit, row, run, tuned
+from report_rows import FAILED, edit, floor, row, run, tuned
 
-from antidiffusion.bench import tables
+from antidiffusion.bench import estimates, tables
 from antidiffusion.bench.estimates import estimate, mean_rank, named_apart, per_item, ranks
 from antidiffusion.bench.tables import NOTHING, Table
+
+
+@pytest.fixture(autouse=True)
+def few_items(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print intervals over two items, so that they can be told by hand, but where the limit itself is tested."""
+    if "eight" not in request.fixturenames:
+        monkeypatch.setattr(estimates, "FEWEST", 2)
+
+
+@pytest.fixture
+def eight() -> int:
+    return estimates.FEWEST
 
 
 def texts(table: Table) -> dict[str, dict[str, str]]:
@@ -67,6 +79,7 @@ def test_attacks_compare_with_the_control() -> None:
     rows += [edit("advdm", "0", 0.0, purifier="jpeg-75")]
     (table,) = tables.attacks(rows)
     assert [line[0].text for line in table.lines] == ["clean", "random-sign", "advdm", "mist"]
+    assert table.title == "masactrl, n = 3, 1 seed"
     assert table.columns[1:4] == ("ssim_to_clean ↓", "success ↓", "face_distance ↑")
     ssim = {recipe: line["ssim_to_clean ↓"] for recipe, line in texts(table).items()}
     assert ssim["clean"] == NOTHING
@@ -105,17 +118,19 @@ def test_ranks_of_known_means() -> None:
 
 def test_ranking() -> None:
     (table,) = tables.ranking(run())
-    assert table.columns == ("recipe", "mean rank", "lora, all protected", "masactrl")
+    assert table.columns == ("recipe", "mean rank", "lora, all protected, n = 3", "masactrl, n = 3")
     assert [[cell.text for cell in line] for line in table.lines] == [
         ["mist", "1.00 [1.00, 1.00]", "1", "1"],
         ["advdm", "2.00 [2.00, 2.00]", "2", "2"],
         ["random-sign", "3.00 [3.00, 3.00]", "3", "3"],
     ]
     assert best(table, "mean rank") == ["mist"]
+    assert table.title == "By ssim_to_clean and likeness, n = 6, 1 seed"
     assert table.note.endswith("2 rows left out because the attack fails on the clean picture already.")
 
 
-def test_ties_and_gaps_in_the_ranking() -> None:
+def test_ties_and_gaps_in_the_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "FEWEST", 1)
     rows = [edit(recipe, item, 0.5) for recipe in ("advdm", "mist") for item in ("0", "1")]
     rows += [edit("aspl", "0", 0.9), tuned("mist", "0", 0.2), tuned("aspl", "0", 0.3), tuned("advdm", "0", None)]
     (table,) = tables.ranking(rows)
@@ -165,7 +180,7 @@ def test_the_worst_likeness_is_the_largest() -> None:
 
 def test_transfer() -> None:
     (table,) = tables.transfer(run())
-    assert table.title == "masactrl: ssim_to_clean ↓"
+    assert table.title == "masactrl: ssim_to_clean ↓, n = 3, 1 seed"
     assert table.columns == ("recipe", "by mini", "by other")
     assert texts(table)["advdm"]["by mini"] == "0.800 [0.800, 0.800]"
     assert texts(table)["advdm"]["by other"] == "0.850 [0.850, 0.850]"
@@ -206,3 +221,47 @@ def test_head_says_what_was_run_and_what_was_flagged() -> None:
     assert {line[0].text: line[1].text for line in flags.lines} == {"clean attack failed": "2", "zero gradient": "1"}
     assert flags.lines[1][2].text == "masactrl of advdm, synth/009, seed 0 (abc)"
     assert len(tables.head([row("advdm")])) == 1
+
+
+@pytest.mark.parametrize(("missing", "printed"), [(1, False), (0, True)])
+def test_no_interval_is_printed_under_eight_items(missing: int, printed: bool, eight: int) -> None:
+    assert eight == 8
+    items = eight - missing
+    rows = [edit(recipe, str(i), 0.1 * i) for recipe in ("random-sign", "advdm") for i in range(items)]
+    rows += [tuned(recipe, str(i), 0.1 * i) for recipe in ("clean", "random-sign", "advdm") for i in range(items)]
+    rows += [floor(str(i), 0.9) for i in range(items)]
+    found = [*tables.attacks(rows), *tables.ranking(rows)]
+    assert len(found) == 3
+    for table in found:
+        assert any("[" in cell.text for line in table.lines for cell in line) == printed, table.title
+
+
+def test_edits_that_still_obey_are_ranked_beside_those_that_differ() -> None:
+    figures = {"advdm": (0.5, 1.0), "mist": (0.9, 0.0)}
+    rows = [
+        row(recipe, item, metrics={"ssim_to_clean": differs, "obeys": obeys})
+        for recipe, (differs, obeys) in figures.items()
+        for item in ("0", "1")
+    ]
+    differ, obey = tables.ranking(rows)
+    assert (differ.title, obey.title) == ("By ssim_to_clean, n = 2, 1 seed", "By obeys, n = 2, 1 seed")
+    assert [line[0].text for line in differ.lines] == ["advdm", "mist"]
+    assert [line[0].text for line in obey.lines] == ["mist", "advdm"]
+
+
+def test_likeness_is_a_share_of_the_way_from_the_untuned_model_to_the_unprotected() -> None:
+    """Likeness is 1 - distance: untuned 0.2, unprotected 0.6, so 0.4 is half of the way and 0.6 all of it."""
+    rows = [tuned("clean", item, 0.4) for item in "01"] + [floor(item, 0.8) for item in "01"]
+    rows += [tuned("advdm", item, value) for item, value in zip("01", (0.5, 0.7), strict=True)]
+    rows += [tuned("random-sign", item, 0.4) for item in "01"]
+    rows += [floor(item, 0.0, attacker="other") for item in "01"]
+    rows += [floor(item, 0.0, setting="9 steps, 3 guidance") for item in "01"]
+    (table,) = tables.attacks(rows)
+    column = "likeness, share of the way from untuned to clean ↓"
+    way = {recipe: line[column] for recipe, line in texts(table).items()}
+    assert way == {"clean": "", "untuned": "", "random-sign": "100 [100, 100] %", "advdm": "50 [25, 75] %"}
+    assert texts(table)["untuned"]["likeness ↓"].startswith("0.200")
+    assert best(table, "likeness ↓") == ["advdm"]  # the untuned model protects nobody
+    unclear = [*rows[:2], *(floor(item, 0.3) for item in "01"), *rows[4:6]]
+    assert texts(tables.attacks(unclear)[0])["advdm"][column] == NOTHING
+    assert column not in tables.attacks([row for row in rows if row.kind != "floor"])[0].columns

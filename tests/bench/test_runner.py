@@ -1,9 +1,11 @@
 import json
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ MEASURED = {"seconds", "peak_memory_mb"}
 def results(folder: Path) -> dict[str, dict[str, Any]]:
     rows = [asdict(row) for row in read_rows(folder / ROWS)]
     return {row["key"]: {key: value for key, value in row.items() if key not in MEASURED} for row in rows}
+
+
+def load_or_die(mark: Path | None, name: str) -> Surrogate:
+    """Load a model; the first process that does so dies as if memory ran out, every one without a `mark`."""
+    if mark is None:
+        os._exit(1)
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return Surrogate.from_pretrained(name)
+    os._exit(1)
 
 
 @pytest.fixture
@@ -139,6 +152,24 @@ def test_an_attack_that_fails_on_the_clean_picture_flags_its_rows(
     rows = run_all(plan, tmp_path / "run", tiny).values()
     assert {tuple(row["flags"]) for row in rows if row["kind"] == "edit"} == {(FAILED_ATTACK,)}
     assert {tuple(row["flags"]) for row in rows if row["kind"] == "protection"} == {()}
+
+
+def test_a_process_that_dies_is_a_sentence_and_the_others_go_on(
+    tmp_path: Path, sd15: Checkpoint, tiny: Surrogate, one_thread: None
+) -> None:
+    plan, mark = Plan.read(write_plan(tmp_path, sd15.folder)), tmp_path / "died"
+    done = list(run(plan, tmp_path / "run", partial(load_or_die, mark), jobs=2))
+    errors = [outcome for outcome in done if outcome.error]
+    assert mark.exists() and errors
+    assert any("got a worker process that died" in str(outcome.error) for outcome in errors)
+    assert len(done) == len(list(plan.trials())) and any(outcome.row for outcome in done)
+    assert len(run_all(plan, tmp_path / "run", tiny)) == len(done)
+
+
+def test_processes_that_always_die_end_the_run(tmp_path: Path, sd15: Checkpoint) -> None:
+    plan = Plan.read(write_plan(tmp_path, sd15.folder))
+    with pytest.raises(ValueError, match=r"got a worker process that died, .* it was tried 3 times"):
+        list(run(plan, tmp_path / "run", partial(load_or_die, None), jobs=2))
 
 
 def test_missing_face_models_are_said_before_anything_runs(

@@ -8,7 +8,7 @@ import torch
 from bench_plans import PLAN, write_person, write_plan
 from PIL import Image
 
-import antidiffusion.bench.trials
+import antidiffusion.bench.instruments
 from antidiffusion.attacks import LoRA
 from antidiffusion.attacks.base import Prompts
 from antidiffusion.attacks.pictures import fitted, squared
@@ -16,7 +16,7 @@ from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.bench.plan import HALF, Plan, Trial
 from antidiffusion.bench.rows import CLEAN, CONTROL, FAILED_ATTACK, Row
-from antidiffusion.bench.trials import EXCEEDED, LOSSY, ZERO, Laboratory, Task
+from antidiffusion.bench.trials import EXCEEDED, LOSSY, ZERO, Laboratory, Task, with_posterior
 from antidiffusion.data.defense_edit import read, synthetic
 from antidiffusion.data.people import Person
 from antidiffusion.metrics.fidelity import psnr, ssim
@@ -43,6 +43,7 @@ class Bench:
     """A plan's trials by what they are, run as they are asked for."""
 
     def __init__(self, folder: Path, surrogate: Surrogate, text: str | None = None) -> None:
+        folder.mkdir(exist_ok=True)
         path = write_plan(folder, "tiny") if text is None else write_plan(folder, "tiny", text)
         self.plan = Plan.read(path)
         self.folder = folder / "run"
@@ -99,8 +100,8 @@ def test_the_users_own_metrics(tmp_path: Path, tiny: Surrogate, monkeypatch: pyt
         asked.append(model)
         return lambda x, texts: torch.tensor([float(len(texts[0]))])
 
-    monkeypatch.setattr(antidiffusion.bench.trials, "LPIPS", lpips)
-    monkeypatch.setattr(antidiffusion.bench.trials, "ClipScore", clip)
+    monkeypatch.setattr(antidiffusion.bench.instruments, "LPIPS", lpips)
+    monkeypatch.setattr(antidiffusion.bench.instruments, "ClipScore", clip)
     (tmp_path / "alex.safetensors").touch()
     text = PLAN + '[metrics]\nlpips = "alex.safetensors"\nclip = "someone/clip"\n'
     bench = Bench(tmp_path, tiny, text)
@@ -142,15 +143,15 @@ def test_pictures_made_elsewhere_are_flagged(tmp_path: Path, tiny: Surrogate) ->
 
 
 def test_success_is_what_the_classifier_sees_and_did_not_see_before(tmp_path: Path, tiny: Surrogate) -> None:
-    bench = Bench(tmp_path, tiny).run
+    bench = Bench(tmp_path, tiny).run.instruments
     items = [item for item in read(synthetic()) if item.category in ("background", "clothing")][:8]
     for item in items:
         source, truth = (Picture.read(file).tensor() for file in (item.picture, item.edited) if file)
-        assert bench._success(item, source, source) == 0
-        assert bench._success(item, truth, truth) is None
-    seen = [bench._success(i, *(Picture.read(f).tensor() for f in (i.edited, i.picture) if f)) for i in items]
+        assert bench.success(item, source, source) == 0
+        assert bench.success(item, truth, truth) is None
+    seen = [bench.success(i, *(Picture.read(f).tensor() for f in (i.edited, i.picture) if f)) for i in items]
     assert sum(value or 0 for value in seen) >= 7
-    assert bench._success(replace(items[0], category="", value=""), source, source) is None
+    assert bench.success(replace(items[0], category="", value=""), source, source) is None
 
 
 def test_tuning_compares_with_the_reference_and_the_untuned_model(
@@ -169,16 +170,59 @@ def test_tuning_compares_with_the_reference_and_the_untuned_model(
     protected = bench("protection", CONTROL)
     assert len(protected.pictures) == 4
     row, half = bench("tuning", CONTROL), bench("tuning", CONTROL, setting=HALF)
-    clean = bench("tuning", CLEAN)
+    floor, clean = bench("floor", CLEAN), bench("tuning", CLEAN)
     person = bench.plan.item(bench.trial("tuning", CLEAN))
     assert isinstance(person, Person)
     files = [bench.folder / name for name in protected.pictures]
     for x, expected in zip(tuned_to, (files, [*files[:2], *person.others[:2]], list(person.published)), strict=True):
         assert torch.equal(x, torch.cat([squared(Picture.read(file), tiny) for file in expected]))
-    for measured in (row, half, clean):  # an untrained model draws no face
+    for measured in (row, half, clean, floor):  # an untrained model draws no face
         assert (measured.metrics["fdfr"], measured.metrics["distance"]) == (1, None)
         assert len(measured.pictures) == 4
     assert clean.flags == [FAILED_ATTACK]
     assert row.flags == []
     inherited = bench.run(Task(bench.trial("tuning", CONTROL), (FAILED_ATTACK,)))
     assert inherited.flags == [FAILED_ATTACK]
+
+
+def test_unprotected_tuning_counts_only_clear_of_the_untuned_model_and_of_strangers(
+    tmp_path: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_person(tmp_path)
+    bench = Bench(tmp_path, tiny, TUNING)
+    assert bench.plan.floor(bench.trial("tuning", CLEAN)) == bench.trial("floor", CLEAN)
+    bench("floor", CLEAN)
+    for likeness, margin, flags in ((0.5, 0.2, []), (0.3, 0.2, [FAILED_ATTACK]), (0.5, 0.1, [FAILED_ATTACK])):
+        said = iter([(likeness, margin), (0.3, 0.1)])  # tuned, then the floor's
+
+        def judged(*arguments: object, said: Any = said) -> dict[str, float]:
+            return dict(zip(("likeness", "margin"), next(said), strict=True))
+
+        monkeypatch.setattr(bench.run, "_drawn", judged)
+        assert bench("tuning", CLEAN).flags == flags
+
+
+def test_the_autoencoders_share_of_a_difference(tmp_path: Path, tiny: Surrogate) -> None:
+    bench = Bench(tmp_path, tiny)
+    protected, _, row = bench("protection", CONTROL), bench("edit", CLEAN), bench("edit", CONTROL)
+    pictures = bench.tensor(protected), Picture.read(tmp_path / "pictures" / "item 0" / "example.png").tensor()
+    found = [fitted(Picture((x[0].permute(1, 2, 0) * 255).byte().numpy()), tiny) for x in pictures]
+    decoded = [tiny.decode(tiny.posterior(x).mean) for x in found]
+    assert row.metrics["ssim_autoencoder"] == pytest.approx(ssim(*decoded).item(), abs=1e-5)
+    bench("edit", CLEAN, "bit-depth")
+    assert "ssim_autoencoder" not in bench("edit", CONTROL, "bit-depth").metrics
+
+
+def test_attackers_may_take_the_posteriors_mean(tmp_path: Path, tiny: Surrogate) -> None:
+    sampled, mean = Bench(tmp_path, tiny), Bench(tmp_path / "mean", tiny, 'posterior = "mean"\n' + PLAN)
+    rows = [bench("edit", CLEAN) for bench in (sampled, mean)]
+    assert rows[0].key != rows[1].key and rows[1].settings["posterior"] == "mean"
+    assert "posterior" not in rows[0].settings
+    x = fitted(Picture.read(tmp_path / "pictures" / "item 0" / "example.png"), tiny)
+    changed = with_posterior(tiny, "mean")
+    for seed in (0, 1):
+        assert torch.equal(changed.encode(x, torch.Generator().manual_seed(seed)), tiny.posterior(x).mean)
+    edited = SDEdit(steps=2)(x, Prompts("a person with hat 0"), changed, 0)
+    assert torch.equal(mean.tensor(rows[1]), (edited * 255).round() / 255)
+    assert not torch.equal(sampled.tensor(rows[0]), mean.tensor(rows[1]))
+    assert with_posterior(tiny, "sample") is tiny

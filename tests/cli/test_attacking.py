@@ -9,6 +9,7 @@ from command_line import cli, draw
 from PIL import Image
 from torch import Tensor
 
+import antidiffusion.models.memory
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.cli import attacking
 from antidiffusion.models.base import Surrogate
@@ -89,13 +90,13 @@ def test_a_mask_of_another_size(loaded: Path) -> None:
 
 @pytest.mark.parametrize("method", TUNINGS)
 def test_attack(loaded: Path, tiny: Surrogate, method: str) -> None:
-    before = [parameter.clone() for parameter in tiny.unet.parameters()]
+    before = [parameter.clone() for parameter in tiny.denoiser.parameters()]
     run = cli("attack", method, "photos", *TUNE, "--sample", "a hat", "--sample", "a person", "--save", "weights")
     assert (run.code, run.out) == (0, "x.png\n"), run.err
     assert np.asarray(Image.open("x.png")).shape == (64, 128, 3)
     assert any(Path("weights").rglob("*.safetensors"))
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
-    assert all(torch.equal(*pair) for pair in zip(before, tiny.unet.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, tiny.denoiser.parameters(), strict=True))
     run = cli(
         "attack", method, "photos", *TUNE, "--sample", "a hat", "--sample", "a person", "-o", "y.png", "--low-memory"
     )
@@ -109,13 +110,13 @@ def spared(tiny: Surrogate, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     @contextmanager
-    def offload(self: Surrogate) -> Iterator[None]:
+    def offload(surrogate: Surrogate) -> Iterator[None]:
         done.append("offload")
         yield
         done.append("back")
 
-    monkeypatch.setattr(Surrogate, "offload", offload)
-    monkeypatch.setattr(type(tiny.unet), "enable_gradient_checkpointing", lambda unet: done.append("checkpoint"))
+    monkeypatch.setattr(antidiffusion.models.memory, "offload", offload)
+    monkeypatch.setattr(type(tiny.denoiser), "enable_gradient_checkpointing", lambda unet: done.append("checkpoint"))
     return done
 
 
@@ -199,3 +200,19 @@ def test_options_of_another_tuning(unused: Path, method: str, options: list[str]
     run = cli("attack", method, "photos", *TUNE, *options)
     assert (run.code, run.out) == (2, "")
     assert f"expected options of {method}, got {options[0]}; leave it out" in run.err
+
+
+def test_a_picture_of_numbers_that_are_none_is_not_written(
+    loaded: Path, tiny: Surrogate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "decode", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
+    commands = [
+        ["sample", "a person", "--steps", "1"],
+        ["edit", "sdedit", "photos/a.png", "--prompt", "a", "--steps", "2"],
+        ["attack", "lora", "photos/a.png", "--prompt", "a", "--steps", "1", "--save", "tuned"],
+    ]
+    for command in commands:
+        run = cli(*command, "-o", "x.png")
+        assert run.code == 1
+        assert "expected finite numbers in the picture that the" in run.err
+        assert not Path("x.png").exists() and not Path("tuned").exists()

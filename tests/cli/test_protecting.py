@@ -1,6 +1,5 @@
 import json
 import os
-import pty
 import re
 import resource
 import signal
@@ -20,9 +19,9 @@ from command_line import PROGRAM, QUIET, Run, cli, draw
 from PIL import Image
 
 import antidiffusion.batch
+import antidiffusion.card
 import antidiffusion.cli
 import antidiffusion.process
-import antidiffusion.protection
 import antidiffusion.recipes
 from antidiffusion import __version__
 from antidiffusion.cli.shared import MINI_NOTE
@@ -62,11 +61,14 @@ def test_text(loaded: Path) -> None:
     lines = run.out.splitlines()
     assert [line for line in lines if not line.startswith("  ")] == [f"photos-protected/{n}.png" for n in "ab"]
     assert "  budget     8/255 measured on the written file, 8/255 allowed" in lines
-    assert run.err == f"{MINI_NOTE}\n"
+    note, *table = run.err.splitlines()
+    assert note == MINI_NOTE
+    assert table[0].split() == ["2", "protected"]
+    assert table[1].strip().startswith("at most 8/255, PSNR 30.")
 
 
 def test_json(loaded: Path) -> None:
-    run = cli("protect", "photos", *CONTROL, "--format", "json", "--seed", "5")
+    run = cli("protect", "photos", *CONTROL, "--json", "--seed", "5")
     records = [json.loads(line) for line in run.out.splitlines()]
     for record in records:
         path = Path(record.pop("path"))
@@ -108,12 +110,12 @@ def test_one_photo_alone(loaded: Path) -> None:
     ("options", "recipe"),
     [
         ([], RECIPES["anti-diffusion"]),
-        (["--quick"], PRESETS["quick"]),
+        (["--quick"], PRESETS["anti-diffusion"]["quick"]),
         (["--strong", "--budget", "4"], AntiDiffusion(rounds=7, budget=4)),
         (["--quick", "--rounds", "2", "--steps", "1"], AntiDiffusion(rounds=2, steps=1, tuning_steps=0)),
         (
-            ["--tuning-steps", "5", "--tuning", "lora", "--low-memory"],
-            AntiDiffusion(tuning_steps=5, tuning="lora", low_memory=True),
+            ["--tuning-steps", "5", "--tuning", "lora"],
+            AntiDiffusion(tuning_steps=5, tuning="lora"),
         ),
         (["--recipe", "official", "--budget", "7.5"], OfficialAntiDiffusion(budget=7.5)),
         (["--recipe", "random-sign", "--budget", "1"], RandomSign(1)),
@@ -124,8 +126,8 @@ def test_options_reach_the_recipe(
 ) -> None:
     seen = []
 
-    def run(jobs: object, recipe: object, *arguments: object, **options: object) -> list[object]:
-        seen.append(recipe)
+    def run(jobs: object, settings: Any, *arguments: object, **options: object) -> list[object]:
+        seen.append(settings.recipe)
         return []
 
     monkeypatch.setattr(antidiffusion.batch, "run", run)
@@ -220,9 +222,10 @@ def test_a_broken_picture(loaded: Path, make: Callable[[Path], Any], fragment: s
     make(Path("x.png"))
     run = cli("protect", "x.png", "photos/a.png", "-o", "out", *CONTROL, "--model", "other")
     assert run.code == 1
-    first, last = run.err.splitlines()
+    first, *table, last = run.err.splitlines()
     assert first.startswith("failed: x.png: expected ")
     assert fragment in first
+    assert [line.split()[:2] for line in table][:2] == [["1", "protected"], ["1", "failed"]]
     assert last == "1 of 2 pictures failed"
     assert run.out.startswith("out/a.png\n")
     assert sorted(p.name for p in Path("out").iterdir()) == ["a.png", "a.png.json"]
@@ -243,7 +246,7 @@ def test_existing_outputs(loaded: Path, together: list[str]) -> None:
 
 def test_together(loaded: Path) -> None:
     Path("photos/c.png").write_text("broken")
-    cheap = ["--steps", "1", "--rounds", "0", "--together", "--format", "json"]
+    cheap = ["--steps", "1", "--rounds", "0", "--together", "--json"]
     run = cli("protect", "photos", *cheap)
     assert run.code == 1
     cards = [json.loads(line) for line in run.out.splitlines()]
@@ -275,8 +278,8 @@ class Nothing:
         return Trace(0, progress)
 
 
-@pytest.mark.parametrize(("size", "file"), [(50, "a.png"), (500, "a.png.json")])
-def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int, file: str) -> None:
+@pytest.mark.parametrize("size", [50, 500], ids=["picture", "card"])
+def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     Image.new("L", (64, 64), 128).save("photos/a.png")
     Path("photos/b.png").unlink()
     monkeypatch.setitem(RECIPES, "random-sign", Nothing())
@@ -284,7 +287,7 @@ def test_full_disk(loaded: Path, monkeypatch: pytest.MonkeyPatch, size: int, fil
     assert 50 < Path("fits/a.png").stat().st_size < 500 < Path("fits/a.png.json").stat().st_size, "the test's premise"
     run = limited(size, "protect", "photos", "-o", "out", *CONTROL)
     assert (run.code, run.out) == (1, "")
-    assert f"failed: out/{file}: expected a writable place with room, got 'File too large'; choose another" in run.err
+    assert "failed: out/a.png: expected a writable place with room, got 'File too large'; choose another" in run.err
     assert list(Path("out").iterdir()) == []
 
 
@@ -315,7 +318,8 @@ def test_strange_names(loaded: Path, name: str) -> None:
     assert good.out.startswith(f"out/{name}\n")
     assert Path("out", name).exists()
     again = cli("protect", *CONTROL, "-o", "out", "--", name)
-    assert f"failed: out/{name}: expected a new file" in again.err
+    assert (again.code, again.out) == (0, "")
+    assert "1  finished before, with the same options" in again.err
 
 
 def test_offline_is_set_before_the_hub_is_imported() -> None:
@@ -332,41 +336,6 @@ def test_offline_asks_no_hub(here: Path, no_network: None, monkeypatch: pytest.M
     run = cli("--offline", "protect", "photos", "--model", "nobody/nothing")
     assert run.code == 2
     assert "'nobody/nothing', which is not in the local cache" in run.err
-
-
-BAR = """
-from antidiffusion.cli.shared import progress_bar
-with progress_bar() as bar:
-    task = bar.add_task("[/bold]", total=500)
-    for done in range(500):
-        bar.update(task, description="[/bold] name", completed=done)
-    print("result", flush=True)
-"""
-
-
-def test_a_log_is_not_filled_with_bars() -> None:
-    environment = QUIET | {"FORCE_COLOR": "1"}  # as on many CI machines
-    run = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, env=environment, check=True)
-    assert (run.stdout, run.stderr) == ("result\n", "")
-
-
-def test_results_go_to_standard_output_while_the_bar_is_on_a_terminal() -> None:
-    terminal, device = pty.openpty()
-    environment = QUIET | {"TERM": "xterm"}
-    run = subprocess.run(
-        [sys.executable, "-c", BAR], stdout=subprocess.PIPE, stderr=device, env=environment, check=True
-    )
-    os.close(device)
-    shown = b""
-    try:
-        while chunk := os.read(terminal, 1 << 16):
-            shown += chunk
-    except OSError:  # Linux's end of a terminal
-        pass
-    finally:
-        os.close(terminal)
-    assert run.stdout == b"result\n"
-    assert b"[/bold] name" in shown
 
 
 @dataclass(frozen=True)
@@ -404,16 +373,15 @@ def test_interrupted_while_loading(here: Path, monkeypatch: pytest.MonkeyPatch) 
         assert "run the same command again" in run.err
 
 
-def test_ctrl_c(here: Path) -> None:
-    """The whole program: with a name that is no text, interrupted after its first picture."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_what_stops_a_program_is_like_ctrl_c(here: Path, name: str) -> None:
+    """The whole program, with a name that is no text, stopped in its second picture."""
     first = os.fsdecode(b"photos/\xff.png")
     Path("photos/a.png").rename(first)
-    long = [first, "photos/b.png", "--steps", "1000", "--rounds", "1000"]
-    quick = [*PROGRAM, "protect", first, "-o", "out", *CONTROL]
-    done = subprocess.run(quick, capture_output=True, env=QUIET, check=True)
-    assert done.stdout.startswith(rb"out/\udcff.png")
+    Path("out").mkdir()
+    draw(os.fsdecode(b"out/\xff.png"))
     process = subprocess.Popen(
-        [*PROGRAM, "protect", *long, "-o", "out"],
+        [*PROGRAM, "protect", first, "photos/b.png", "--steps", "1000", "-o", "out", "--log", "log"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=QUIET,
@@ -422,14 +390,15 @@ def test_ctrl_c(here: Path) -> None:
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("failed: out/"):  # the first is there; the second has begun
+        if line.startswith(r"failed: out/\udcff.png: expected a new file"):  # the second has begun
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
     assert "interrupted with 0 of 2 pictures finished" in err
     assert "Traceback" not in err
-    assert sorted(os.fsencode(p.name) for p in Path("out").iterdir()) == [b"\xff.png", b"\xff.png.json"]
+    assert [os.fsencode(p.name) for p in Path("out").iterdir()] == [b"\xff.png"]
+    assert [line.split(" ", 1)[1][:9] for line in Path("log").read_text().splitlines()] == ["failed: o", "interrupt"]
 
 
 def test_a_closed_pipe(loaded: Path) -> None:
@@ -438,8 +407,9 @@ def test_a_closed_pipe(loaded: Path) -> None:
 import antidiffusion.batch as batch, antidiffusion.cli as cli
 from pathlib import Path
 cli.shared.load_surrogate = lambda *options, **named: None
-cli.protecting.summary = lambda path, card: path
-batch.run = lambda jobs, *_, **__: [batch.Outcome(job, card={{}}) for job in jobs]
+cli.telling.summary = lambda path, card: path
+card = {{"budget": {{"measured": 0}}, "fidelity": {{"psnr": 1}}, "cost": {{"seconds": 1}}}}
+batch.run = lambda jobs, *_, **__: [batch.Outcome(job, "done", card) for job in jobs]
 import sys; sys.argv[1:] = {["protect", "photos"]!r}
 cli.main()
 """
@@ -472,11 +442,11 @@ def test_a_dry_run_writes_nothing(loaded: Path) -> None:
     short = ["--steps", "2", "--rounds", "0", "--quick"]
     run = cli("protect", "photos", *short, "--dry-run")
     assert run.code == 0
-    assert re.fullmatch(r"about [\d.]+ s for 2 picture\(s\), \d+ MB at the peak; nothing was written\n", run.out), (
-        run.out
-    )
-    as_json = json.loads(cli("protect", "photos/a.png", *short, "--dry-run", "--format", "json").out)
-    assert as_json.keys() == {"pictures", "seconds", "peak_memory_mb"} and as_json["pictures"] == 1
+    said = r"about [\d.]+ s for 2 picture\(s\), \d+ MB at the peak, 0.0 MB of files at most; nothing was written\n"
+    assert re.fullmatch(said, run.out), run.out
+    as_json = json.loads(cli("protect", "photos/a.png", *short, "--dry-run", "--json").out)
+    assert as_json.keys() == {"pictures", "seconds", "peak_memory_mb", "output_mb"} and as_json["pictures"] == 1
+    assert not Path("photos-protected").exists()
     assert sorted(Path().rglob("*.png")) == [Path("photos/a.png"), Path("photos/b.png")]
 
 
@@ -484,3 +454,22 @@ def test_a_dry_run_knows_two_recipes(unused: Path) -> None:
     run = cli("protect", "photos", *CONTROL, "--dry-run")
     assert (run.code, run.out) == (2, "")
     assert "expected --dry-run with anti-diffusion or official, got random-sign" in run.err
+
+
+def test_a_dry_run_survives_a_broken_picture_and_knows_what_is_done(loaded: Path) -> None:
+    short = ["--steps", "1", "--rounds", "0", "--quick"]
+    assert cli("protect", "photos", *short).code == 0
+    Path("photos/c.png").write_text("broken")
+    draw("photos/d.png", 5)
+    run = cli("protect", "photos", *short, "--dry-run", "--json")
+    assert run.code == 1
+    assert json.loads(run.out)["pictures"] == 1
+    assert "failed: photos/c.png: expected" in run.err
+
+
+def test_a_dry_run_of_nothing(loaded: Path) -> None:
+    short = ["--steps", "1", "--rounds", "0", "--quick"]
+    assert cli("protect", "photos", *short).code == 0
+    run = cli("protect", "photos", *short, "--dry-run")
+    assert run.code == 0
+    assert run.out.startswith("about 0 s for 0 picture(s)")

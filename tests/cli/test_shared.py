@@ -1,86 +1,48 @@
 import gc
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from command_line import cli
+from command_line import QUIET, cli
 
-from antidiffusion.cli.shared import fast_dtype
+import antidiffusion.models.loading
 from antidiffusion.models.base import Surrogate
 
 DRAWING = ["--steps", "1", "-o", "out.png"]
 
 
 @pytest.fixture
-def capable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that computes in bfloat16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-
-
-@pytest.fixture
 def loadings(monkeypatch: pytest.MonkeyPatch, tiny: Surrogate) -> list[dict[str, Any]]:
     """What models are loaded with; each is a tiny one."""
     options: list[dict[str, Any]] = []
-    monkeypatch.setattr(Surrogate, "from_pretrained", lambda model, **given: options.append(given) or tiny)
+    monkeypatch.setattr(antidiffusion.models.loading, "load", lambda model, **given: options.append(given) or tiny)
     return options
 
 
 @pytest.mark.parametrize(
-    ("device", "capabilities", "native", "weights", "tuned"),
+    ("command", "dtype", "full_tuning"),
     [
-        ("cpu", {"avx512_bf16": True}, False, "bfloat16", "mixed"),
-        ("cpu", {"amx_bf16": True}, False, "bfloat16", "mixed"),
-        ("cpu", {"avx512_bf16": False, "avx2": True}, False, "float32", "float32"),
-        ("mps", {"avx512_bf16": True}, False, "float32", "float32"),
-        ("cuda:1", {}, True, "float16", "mixed"),
-        ("cuda", {}, False, "float16", "float32"),
+        (["protect", "photos/a.png", "--steps", "1", "--rounds", "0"], "auto", False),
+        (["protect", "photos/a.png", "--recipe", "official", "--dry-run"], "auto", True),
+        (["protect", "photos/a.png", "--tuning", "full", "--dry-run"], "auto", True),
+        (["sample", "a", *DRAWING], "auto", False),
+        (["attack", "dreambooth", "photos", "--prompt", "a", *DRAWING], "auto", True),
+        (["attack", "custom-diffusion", "photos", "--prompt", "a", *DRAWING], "auto", True),
+        (["attack", "lora", "photos", "--prompt", "a", *DRAWING], "auto", False),
+        (["sample", "a", *DRAWING, "--dtype", "mixed"], "mixed", False),
+        (["sample", "a", *DRAWING, "--dtype", "float16"], "float16", False),
     ],
 )
-def test_half_precision_where_the_hardware_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    capabilities: dict[str, bool],
-    native: bool,
-    weights: str,
-    tuned: str,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    assert fast_dtype(device, full_tuning=False) == weights
-    assert fast_dtype(device, full_tuning=True) == tuned
-
-
-def test_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert fast_dtype("cpu", full_tuning=False) == "float32"
-
-
-@pytest.mark.parametrize(
-    ("command", "weights", "computed"),
-    [
-        (["protect", "photos/a.png", "--steps", "1", "--rounds", "0"], torch.bfloat16, None),
-        (["protect", "photos/a.png", "--recipe", "official", "--dry-run"], torch.float32, torch.bfloat16),
-        (["protect", "photos/a.png", "--tuning", "full", "--dry-run"], torch.float32, torch.bfloat16),
-        (["sample", "a", *DRAWING], torch.bfloat16, None),
-        (["attack", "dreambooth", "photos", "--prompt", "a", *DRAWING], torch.float32, torch.bfloat16),
-        (["attack", "custom-diffusion", "photos", "--prompt", "a", *DRAWING], torch.float32, torch.bfloat16),
-        (["attack", "lora", "photos", "--prompt", "a", *DRAWING], torch.bfloat16, None),
-        (["sample", "a", *DRAWING, "--dtype", "mixed"], torch.float32, torch.bfloat16),
-        (["sample", "a", *DRAWING, "--dtype", "float16"], torch.float16, None),
-    ],
-)
-def test_the_precision_of_a_large_model(
-    here: Path,
-    capable: None,
-    loadings: list[dict[str, Any]],
-    command: list[str],
-    weights: torch.dtype,
-    computed: torch.dtype | None,
+def test_what_the_loader_is_told(
+    here: Path, loadings: list[dict[str, Any]], command: list[str], dtype: str, full_tuning: bool
 ) -> None:
     run = cli(*command, "--model", "large", "--device", "cpu")
     assert run.code == 0, run.err
-    assert [(given["dtype"], given["autocast"]) for given in loadings] == [(weights, computed)]
+    assert loadings == [{"device": "cpu", "dtype": dtype, "full_tuning": full_tuning, "config": None}]
 
 
 def test_what_is_loaded_is_never_collected(
@@ -92,6 +54,36 @@ def test_what_is_loaded_is_never_collected(
     assert frozen == [1]  # after the model is there
 
 
-def test_mini_stays_in_float32(here: Path, capable: None, loadings: list[dict[str, Any]]) -> None:
-    assert cli("sample", "a", *DRAWING).code == 0
-    assert [(given["dtype"], given["autocast"]) for given in loadings] == [(torch.float32, None)]
+BAR = """
+from antidiffusion.cli.shared import progress_bar
+with progress_bar() as bar:
+    task = bar.add_task("[/bold]", total=500)
+    for done in range(500):
+        bar.update(task, description="[/bold] name", completed=done)
+    print("result", flush=True)
+"""
+
+
+def test_a_log_is_not_filled_with_bars() -> None:
+    environment = QUIET | {"FORCE_COLOR": "1"}  # as on many CI machines
+    run = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, env=environment, check=True)
+    assert (run.stdout, run.stderr) == ("result\n", "")
+
+
+def test_results_go_to_standard_output_while_the_bar_is_on_a_terminal() -> None:
+    terminal, device = pty.openpty()
+    environment = QUIET | {"TERM": "xterm"}
+    run = subprocess.run(
+        [sys.executable, "-c", BAR], stdout=subprocess.PIPE, stderr=device, env=environment, check=True
+    )
+    os.close(device)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 1 << 16):
+            shown += chunk
+    except OSError:  # Linux's end of a terminal
+        pass
+    finally:
+        os.close(terminal)
+    assert run.stdout == b"result\n"
+    assert b"[/bold] name" in shown

@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 import antidiffusion
-from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism, likeness
+from antidiffusion.metrics.identity import DlibFaces, distance, fdfr, ism, likeness, likeness_of_faces, margin
 from antidiffusion.pictures.picture import Picture
 
 PORTRAITS = [
     *sorted((Path(antidiffusion.__file__).parent / "mini" / "portraits").glob("*.png")),
-    *sorted((Path(__file__).parents[1] / "benchmarks" / "portraits").glob("*.png")),
+    *sorted((Path(__file__).parents[2] / "benchmarks" / "portraits").glob("*.png")),
 ]
 
 
@@ -169,3 +169,22 @@ def test_likeness_falls_with_lost_faces_and_with_other_ones() -> None:
     for embeddings, reference in (([], [person]), ([near], [None])):
         with pytest.raises(ValueError, match="expected"):
             likeness(embeddings, reference)
+
+
+def test_lost_faces_and_other_faces_are_told_apart() -> None:
+    person, near, far = torch.zeros(128), torch.zeros(128), torch.zeros(128)
+    near[0], far[0] = 0.25, 0.75
+    assert likeness_of_faces([near, None, None], [person]) == pytest.approx(0.75)
+    assert likeness_of_faces([None], [person]) is None
+    faces = [near, far, None]
+    assert likeness(faces, [person]) == pytest.approx((1 - fdfr(faces)) * (likeness_of_faces(faces, [person]) or 0))
+
+
+def test_the_margin_over_strangers() -> None:
+    person, stranger, clearer = torch.zeros(128), torch.zeros(128), torch.zeros(128)
+    stranger[0], clearer[0] = 1, 0.25
+    assert margin([clearer], [person], [[stranger]]) == pytest.approx(0.5)
+    assert margin([stranger], [person], [[stranger]]) == pytest.approx(-1)
+    between = (person + stranger) / 2
+    assert margin([between, None], [person], [[stranger, None], [stranger]]) == pytest.approx(0)
+    assert margin([None], [person], [[stranger]]) is margin([person], [person], []) is None

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.memory import low_memory
 from antidiffusion.models.tuning import BUCKET, bucketed, constant, denoising, drawn, fit, tunable
 
 OPTIONS = {"learning_rate": 0.1, "steps": 7}
@@ -43,7 +44,7 @@ def random_latents(count: int = 2) -> Tensor:
 
 
 def weights(surrogate: Surrogate) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in surrogate.unet.state_dict().items()}
+    return {name: value.clone() for name, value in surrogate.denoiser.state_dict().items()}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -64,14 +65,14 @@ def test_fit_is_adamw() -> None:
     assert clean(ours)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_full_tuning_is_adamw_on_every_weight(tiny: Surrogate, low_memory: bool) -> None:
+@pytest.mark.parametrize("lean", [False, True])
+def test_full_tuning_is_adamw_on_every_weight(tiny: Surrogate, lean: bool) -> None:
     z = random_latents()  # two samplers: every weight is used twice in a step
     loss = denoising(tiny, [constant(z[:1]), constant(z[1:])], tiny.embed([""]))
     options: dict = {"steps": 2, "learning_rate": 1e-4}
     with tunable(tiny, "full") as (parameters, _):
         theirs, expected = plain_adamw(parameters, loss, 0, **options), weights(tiny)
-    with tiny.low_memory() if low_memory else nullcontext(), tunable(tiny, "full") as (parameters, _):
+    with low_memory(tiny) if lean else nullcontext(), tunable(tiny, "full") as (parameters, _):
         ours, got = list(fit(parameters, loss, generator=Generator().manual_seed(0), **options)), weights(tiny)
     assert ours == pytest.approx(theirs, rel=1e-5)
     for name, value in got.items():
@@ -115,7 +116,7 @@ def test_the_weights_come_back(tiny: Surrogate, method: str, fails: bool) -> Non
     except KeyboardInterrupt:
         assert fails
     assert same(before, weights(tiny)) and torch.equal(tiny.predict(*arguments), answer)
-    assert clean(list(tiny.unet.parameters()))
+    assert clean(list(tiny.denoiser.parameters()))
 
 
 def test_adapters_start_at_zero_in_float32_and_depend_on_no_global_seed(sd15) -> None:
@@ -137,9 +138,23 @@ def test_adapters_start_at_zero_in_float32_and_depend_on_no_global_seed(sd15) ->
     assert same(before, weights(surrogate))
 
 
+def test_adapters_of_a_joint_transformer_lower_the_loss_and_come_off(joint: Surrogate) -> None:
+    z, before, embedding = (
+        torch.randn(1, 16, 8, 8, generator=Generator().manual_seed(3)),
+        weights(joint),
+        joint.embed([""]),
+    )
+    n, t = joint.draw(z, Generator().manual_seed(1))
+    with tunable(joint, "lora") as (parameters, _):
+        options = {"steps": 8, "learning_rate": 1e-2, "generator": Generator().manual_seed(0)}
+        losses = list(fit(parameters, lambda generator: joint.denoising_loss(z, n, t, embedding).mean(), **options))
+    assert losses[-1] < losses[0]
+    assert same(before, weights(joint)) and clean(list(joint.denoiser.parameters()))
+
+
 def test_methods(tiny: Surrogate, sd15) -> None:
     with tunable(tiny, "auto") as (parameters, learning_rate):
-        assert len(parameters) == len(list(tiny.unet.parameters())) and learning_rate == tiny.learning_rate
+        assert len(parameters) == len(list(tiny.denoiser.parameters())) and learning_rate == tiny.learning_rate
     unknown = pytest.raises(ValueError, match=r"expected full, lora or auto tuning, got 'dreambooth'")
     with unknown, tunable(tiny, "dreambooth"):
         pass
@@ -164,7 +179,7 @@ def test_denoising_keeps_the_activations_of_one_batch_only(tiny: Surrogate, batc
     embedding.tokens.requires_grad_()
     loss = denoising(tiny, [constant(random_latents()) for _ in range(batches)], embedding)
     kept: list[weakref.ref[Tensor]] = []
-    norm = tiny.unet.conv_norm_out  # whose backward pass needs its input
+    norm = tiny.denoiser.conv_norm_out  # whose backward pass needs its input
     with norm.register_forward_pre_hook(lambda module, inputs: kept.append(weakref.ref(inputs[0]))):
         value = loss(Generator().manual_seed(0))
         alive = [tensor() is not None for tensor in kept]

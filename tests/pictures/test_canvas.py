@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from antidiffusion.failures import NotFiniteError
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import LONGEST, Canvas, filter_matrix, view_size
+from antidiffusion.recipes.ascent import move
 
 SIZES = [(64, 64), (96, 64), (64, 128)]
 
@@ -90,11 +92,11 @@ def test_the_view_follows_the_perturbation(channels: int, size: tuple[int, int])
 def test_ascend_steps_along_the_sign_and_stays_in_the_budget(channels: int) -> None:
     picture, budget = canvas(channels, (64, 96)), Linf(3.5)
     slope = normal(1, 3, 64, 96)
-    picture.ascend(slope, 1.0, budget)
+    move(picture, slope, 1.0, budget)
     inside = (picture.clean > 0) & (picture.clean < 255)
     assert torch.equal(picture.delta[inside], picture.full_gradient(slope).sign()[inside])
     for _ in range(5):
-        picture.ascend(slope, 1.0, budget)
+        move(picture, slope, 1.0, budget)
     assert picture.delta.abs().max() == 3.5
     moved = picture.pixels(budget).astype(int) - picture.clean[0].permute(1, 2, 0).numpy()
     assert moved.shape == (90, 131, channels) and np.abs(moved).max() == 3
@@ -103,8 +105,15 @@ def test_ascend_steps_along_the_sign_and_stays_in_the_budget(channels: int) -> N
 def test_a_canvas_shares_nothing_with_the_picture_given(pixels: np.ndarray) -> None:
     before, source = pixels.copy(), pixels.copy()
     picture = Canvas(source, (64, 96))
-    picture.ascend(normal(1, 3, 64, 96), 8, Linf(8))
+    move(picture, normal(1, 3, 64, 96), 8, Linf(8))
     assert np.array_equal(source, before)
     picture.delta.zero_()
     source[:] = 0
     assert np.array_equal(picture.pixels(Linf(8)), before)
+
+
+def test_a_gradient_that_is_no_number_has_no_sign() -> None:
+    one, gradient = canvas(3, (64, 96)), torch.ones(1, 3, 64, 96)
+    gradient[0, 1, 2, 3] = math.nan
+    with pytest.raises(NotFiniteError, match="expected finite numbers in the gradient"):
+        one.full_gradient(gradient)

@@ -1,64 +1,36 @@
+import copy
 import hashlib
 import math
-from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import ascents
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
-from reference_official import attention_loss, cross_attention, protect_official
+from ascents import PORTRAIT, run, seeded, slope
 from torch import Tensor
 
-from antidiffusion.models.attention import coarsest_layers, mean_map, record_attention
-from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.semantic import SDL, Official
+from antidiffusion.card import effect
+from antidiffusion.models.attention import mean_map, record_attention
+from antidiffusion.models.base import Embedding, Surrogate
+from antidiffusion.models.schedule import noised
 from antidiffusion.pictures.budget import Linf
-from antidiffusion.pictures.canvas import Canvas, view_size
-from antidiffusion.protection import effect
-from antidiffusion.recipes import (
-    PERTURBATION,
-    PROMPT,
-    RECIPES,
-    TUNING,
-    AntiDiffusion,
-    OfficialAntiDiffusion,
-    RandomSign,
-    Recipe,
-    Trace,
-)
+from antidiffusion.pictures.canvas import Canvas
+from antidiffusion.progress import silent
+from antidiffusion.recipes import PERTURBATION, PROMPT, TUNING, AntiDiffusion, OfficialAntiDiffusion, RandomSign, Recipe
+from antidiffusion.recipes.anti_diffusion import BALANCE_EVERY, DenoisingSemantic
+from antidiffusion.recipes.semantic import SDL
 
-SHORT = {"rounds": 1, "steps": 4, "prompt_steps": 4, "tuning_steps": 3}
+UNET_SDL = [name for name in SDL if name != "mass"]
 TINY = {"rounds": 1, "steps": 2, "prompt_steps": 1, "tuning_steps": 2}
-PORTRAIT = np.array(Image.open(Path(__file__).parents[1] / "data" / "portrait.png").convert("RGB"))
+canvas = partial(ascents.canvas, side=128)
 
 
 @pytest.fixture(scope="module")
 def surrogate() -> Surrogate:
     return Surrogate.from_pretrained("mini")
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def canvas(pixels: np.ndarray = PORTRAIT) -> Canvas:
-    return Canvas(pixels, view_size(*pixels.shape[:2], side=128, multiple=32))
-
-
-def run(
-    recipe: Recipe,
-    surrogate: Surrogate,
-    *canvases: Canvas,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] = silent,
-) -> Trace:
-    return recipe(canvases, surrogate, torch.Generator().manual_seed(seed), progress)
 
 
 def protect(recipe: Recipe, surrogate: Surrogate, seed: int = 0) -> Canvas:
@@ -82,73 +54,12 @@ def correlation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def held_out(surrogate: Surrogate, x: Tensor, draws: int = 32) -> tuple[float, float]:
     """Return L_ldm of the untouched model on noise that no recipe saw, and the attention mass off the first token."""
-    generator = torch.Generator().manual_seed(999)
+    generator = seeded(999)
     z = surrogate.posterior(x).mean.expand(draws, -1, -1, -1)
     n, t = surrogate.draw(z, generator)
-    with record_attention(surrogate.unet, coarsest_layers(surrogate.unet)) as maps:
+    with record_attention(surrogate, surrogate.map_layers()) as maps:
         loss = surrogate.denoising_loss(z, n, t, surrogate.embed([""]))
     return loss.mean().item(), 1 - mean_map(maps)[..., 0].mean().item()
-
-
-def reference(surrogate: Surrogate, **options: Any) -> Tensor:
-    """Return the perturbation of the independent implementation, in 1/255 units."""
-    x = torch.from_numpy(PORTRAIT).permute(2, 0, 1)[None] / 127.5 - 1
-    (encoder,), (tokenizer,) = surrogate.text_encoders, surrogate.tokenizers
-    return (
-        protect_official(surrogate.vae, surrogate.unet, encoder, tokenizer, surrogate.scheduler, x, **options) - x
-    ) * 127.5
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_official_equals_an_independent_implementation(surrogate: Surrogate, prediction: str) -> None:
-    scheduler = DDIMScheduler.from_config(surrogate.scheduler.config, prediction_type=prediction)
-    surrogate = replace(surrogate, scheduler=scheduler)
-    # a hundred times the released code's learning rate, so that wrong tuning would show
-    recipe = replace(OfficialAntiDiffusion(), **SHORT, learning_rate=5e-5)
-    expected = reference(surrogate, **SHORT, learning_rate=5e-5)
-    assert correlation(protect(recipe, surrogate, seed=42).delta, expected) > 0.999  # 1.000000 on the author's machine
-
-
-def test_the_attention_term_of_official_equals_the_reference(surrogate: Surrogate) -> None:
-    # Compared alone, on sharpened attention: as trained, every token holds more than 1 % and the term is constant.
-    sharp = replace(surrogate, unet=deepcopy(surrogate.unet))
-    for name, module in sharp.unet.named_modules():
-        if name.endswith("attn2.to_q"):
-            module.weight.mul_(20)
-    x, embedding = canvas().view(), surrogate.embed(["a photo of a woman with red hair"])
-    with torch.no_grad():
-        without, whole = (
-            Official(sharp, embedding, weight)(x, torch.Generator().manual_seed(3)).item() for weight in (0.0, 1.0)
-        )
-        sharp.unet.set_attn_processor(AttnProcessor())
-        generator = torch.Generator().manual_seed(3)
-        z = sharp.encode(x, generator)
-        n, t = sharp.draw(z, generator)
-        with cross_attention(sharp.unet) as maps:
-            sharp.unet(sharp.scheduler.add_noise(z, n, t), t, encoder_hidden_states=embedding.tokens)
-    expected = attention_loss(maps).item()
-    assert 0.1 < expected < 0.9
-    assert without - whole == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_official_equals_an_independent_implementation_over_the_whole_schedule(surrogate: Surrogate) -> None:
-    delta = protect(RECIPES["official"], surrogate, seed=42).delta
-    assert correlation(delta, reference(surrogate)) > 0.99  # 0.999997 on the author's machine
-    assert delta.abs().max() <= 7.65 + 1e-4
-
-
-@pytest.mark.parametrize(("rounds", "steps"), [(0, 3), (2, 6)])
-def test_official_drifts_by_one_ball_a_round(surrogate: Surrogate, rounds: int, steps: int) -> None:
-    recipe = OfficialAntiDiffusion(rounds=rounds, steps=steps, prompt_steps=0, tuning_steps=0)
-    bound = (1 + rounds) * min(steps * 2e-3, 1e-2) * 255 / 2
-    largest = protect(recipe, surrogate).delta.abs().max().item()
-    assert largest == pytest.approx(bound, abs=1e-4)
-
-
-def test_the_budget_of_official_holds_whatever_the_rounds_add_up_to(surrogate: Surrogate) -> None:
-    recipe = OfficialAntiDiffusion(budget=2, rounds=2, steps=5, prompt_steps=0, tuning_steps=0)
-    assert protect(recipe, surrogate).delta.abs().max().item() == 2
 
 
 def test_anti_diffusion_stays_in_its_budget_at_every_step_on_pictures_of_any_size(surrogate: Surrogate) -> None:
@@ -204,7 +115,7 @@ class Interrupt:
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("after", [None, 1, 2, 4, 6], ids=["whole", "prompt", "first", "tuning", "second"])
 def test_the_model_comes_back_bit_for_bit(surrogate: Surrogate, tuning: str, after: int | None) -> None:
-    before, processors = sha256(surrogate), surrogate.unet.attn_processors
+    before, processors = sha256(surrogate), surrogate.denoiser.attn_processors
     recipe = AntiDiffusion(tuning=tuning, **TINY)
     if after is None:
         protect(recipe, surrogate)
@@ -212,16 +123,16 @@ def test_the_model_comes_back_bit_for_bit(surrogate: Surrogate, tuning: str, aft
         with pytest.raises(KeyboardInterrupt):
             run(recipe, surrogate, canvas(), progress=Interrupt(after))
     assert sha256(surrogate) == before
-    assert surrogate.unet.attn_processors == processors
+    assert surrogate.denoiser.attn_processors == processors
     assert not any(
         weight.requires_grad or weight.grad is not None for m in surrogate.modules for weight in m.parameters()
     )
-    assert not any("lora" in name for name, _ in surrogate.unet.named_modules())
+    assert not any("lora" in name for name, _ in surrogate.denoiser.named_modules())
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_tuning_moves_the_weights_that_the_perturbation_then_meets(surrogate: Surrogate, tuning: str) -> None:
-    unet = surrogate.unet
+    unet = surrogate.denoiser
     before = {name.replace(".base_layer", ""): weight.clone() for name, weight in unet.named_parameters()}
     moved: set[str] = set()
 
@@ -241,19 +152,13 @@ def test_tuning_moves_the_weights_that_the_perturbation_then_meets(surrogate: Su
         assert moved == set(before)
 
 
-def test_low_memory_changes_memory_only(surrogate: Surrogate) -> None:
-    recipe = AntiDiffusion(**TINY)
-    plain, lean = (protect(replace(recipe, low_memory=flag), surrogate).delta for flag in (False, True))
-    assert correlation(plain, lean) > 0.99
-
-
 def test_weights_that_are_not_tuned_may_be_of_any_precision() -> None:
     half = Surrogate.from_pretrained("mini", dtype=torch.bfloat16)
     target = canvas()
     with pytest.raises(ValueError, match="expected float32 weights for full tuning"):
-        AntiDiffusion(**TINY, tuning="full")([target], half, torch.Generator().manual_seed(0), silent)
+        AntiDiffusion(**TINY, tuning="full")([target], half, seeded(), silent)
     recipe = AntiDiffusion(**TINY | {"tuning_steps": 0}, tuning="full")
-    recipe([target], half, torch.Generator().manual_seed(0), silent)
+    recipe([target], half, seeded(), silent)
     assert 0 < target.delta.abs().max() <= 8
 
 
@@ -289,7 +194,7 @@ def test_protection_raises_the_denoising_loss_far_above_random_noise(surrogate: 
     assert protected > 1.7 * random
 
 
-@pytest.mark.parametrize("sdl", SDL)
+@pytest.mark.parametrize("sdl", UNET_SDL)
 def test_the_semantic_term_moves_attention_that_the_denoising_loss_alone_does_not(
     surrogate: Surrogate, sdl: str
 ) -> None:
@@ -301,8 +206,112 @@ def test_the_semantic_term_moves_attention_that_the_denoising_loss_alone_does_no
         assert held_out(surrogate, full)[1] < held_out(surrogate, without)[1]
 
 
-def test_random_sign_uses_the_whole_budget(surrogate: Surrogate) -> None:
-    mid = canvas(np.full((64, 64, 3), 128, np.uint8))
-    run(RandomSign(4), surrogate, mid)
-    assert set(mid.delta.unique().tolist()) == {-4.0, 4.0}
-    assert abs(mid.delta.mean()) < 0.2
+@pytest.fixture
+def embedding(tiny: Surrogate) -> Embedding:
+    return tiny.embed(["a photo of a person"])
+
+
+@pytest.mark.parametrize("name", UNET_SDL)
+def test_ascent_moves_the_surrogate_s_attention(tiny: Surrogate, x: Tensor, embedding: Embedding, name: str) -> None:
+    """Steps on the picture, at one draw of the noise, raise SDL."""
+
+    def disturbance(picture: Tensor) -> Tensor:
+        generator = seeded()
+        z = tiny.encode(picture, generator)
+        n, t = tiny.draw(z, generator)
+        recorded = []
+        for latent in (z, tiny.posterior(x).mean):
+            with record_attention(tiny, tiny.map_layers()) as found:
+                tiny.denoising_loss(latent, n, t, embedding)
+            recorded.append(mean_map(found))
+        return SDL[name](*recorded)
+
+    objective = DenoisingSemantic(tiny, embedding, weight=1e3, sdl=name, clean=x)
+    moved = x.clone()
+    for _ in range(4):
+        moved = (moved + 2 / 255 * slope(objective, moved).sign()).clamp(0, 1)
+    with torch.no_grad():
+        assert (disturbance(moved) > disturbance(x)).all()
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+@pytest.mark.parametrize("name", UNET_SDL)
+def test_the_two_gradients_are_balanced_at_the_latent(
+    tiny: Surrogate, x: Tensor, embedding: Embedding, name: str, weight: float
+) -> None:
+    fixed = copy.copy(tiny)
+    z = tiny.encode(x, seeded(7)).detach()
+    fixed.encode = lambda latent, generator: latent
+    plain = slope(DenoisingSemantic(fixed, embedding, weight=0), z)
+    objective = DenoisingSemantic(fixed, embedding, weight=weight, sdl=name, clean=x)
+    both = slope(objective, z)
+    term, norm = (both - plain).flatten(1).norm(dim=1), plain.flatten(1).norm(dim=1)
+    torch.testing.assert_close(term, weight * norm, rtol=1e-3, atol=0)
+    first = objective.ratio
+    for seed in range(1, BALANCE_EVERY):
+        slope(objective, z, seed=seed)
+        assert torch.equal(objective.ratio, first)
+    slope(objective, z, seed=BALANCE_EVERY)
+    alone = DenoisingSemantic(fixed, embedding, weight=weight, sdl=name, clean=x)
+    slope(alone, z, seed=BALANCE_EVERY)
+    torch.testing.assert_close(objective.ratio, (first * alone.ratio).sqrt())
+
+
+def test_weight_zero_is_the_denoising_loss(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    generator = seeded()
+    z = tiny.encode(x, generator)
+    expected = tiny.denoising_loss(z, *tiny.draw(z, generator), embedding)
+    assert torch.equal(DenoisingSemantic(tiny, embedding, weight=0)(x, seeded()), expected)
+    weighted = DenoisingSemantic(tiny, embedding, weight=1)(x, seeded())
+    assert (weighted > expected).all()
+
+
+def test_the_clean_answer_is_the_answer_for_the_clean_picture(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    generator, protected = seeded(), (x + 0.05).clamp(0, 1)
+    z = tiny.encode(protected, generator)
+    n, t = tiny.draw(z, generator)
+    answers = [tiny.predict(noised(tiny.schedule, a, n, t), t, embedding) for a in (z, tiny.posterior(x).mean)]
+    expected = (answers[0] - answers[1]).square().mean((1, 2, 3))
+    for weight in (0.0, 1.0):
+        objective = DenoisingSemantic(tiny, embedding, weight, "divergence", x, noise_weight=0, clean_weight=1)
+        value = objective(protected, seeded())
+        if not weight:
+            torch.testing.assert_close(value, expected)
+        assert (value >= expected * (1 - 1e-5)).all()
+        assert not torch.equal(slope(objective, protected), torch.zeros_like(x))
+    both = DenoisingSemantic(tiny, embedding, 0.0, clean=x, noise_weight=0.5, clean_weight=1)(protected, seeded())
+    torch.testing.assert_close(both, expected + DenoisingSemantic(tiny, embedding, 0.0)(protected, seeded()) / 2)
+
+
+def test_settings_that_make_no_sense_are_refused(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    for options, fragment in (
+        ({"sdl": "one"}, "expected sdl of zero, semantic, divergence, entropy, mass, got 'one'"),
+        ({"noise_weight": 0.0}, "expected noise_weight and clean_weight of at least 0, not both 0"),
+        ({"noise_weight": -1.0, "clean_weight": 1.0}, "expected noise_weight and clean_weight of at least 0"),
+        ({"clean_weight": 1.0}, "expected the clean pictures for clean_weight, got None"),
+    ):
+        with pytest.raises(ValueError, match=fragment):
+            DenoisingSemantic(tiny, embedding, **options)
+
+
+def test_an_objective_is_deterministic_and_restores_the_unet(tiny: Surrogate, x: Tensor, embedding: Embedding) -> None:
+    before = tiny.denoiser.attn_processors
+    first, second = (slope(DenoisingSemantic(tiny, embedding, sdl="divergence", clean=x), x) for _ in range(2))
+    assert torch.equal(first, second) and tiny.denoiser.attn_processors == before
+    assert all(parameter.grad is None for parameter in tiny.denoiser.parameters())
+
+
+@pytest.mark.parametrize("sdl", [name for name in SDL if name != "semantic"])
+def test_transformers_attention_moves_with_the_weight(joint: Surrogate, x: Tensor, sdl: str) -> None:
+    told = joint.embed(["a photo"])
+    plain, weighted = (DenoisingSemantic(joint, told, weight, sdl, x) for weight in (0.0, 1.0))
+    with torch.no_grad():
+        for recorded in weighted._answer(joint.posterior(x).mean, *_at(joint, x))[1:]:
+            assert recorded is not None and 0 < recorded.sum(2).max() < 1  # the rest is on the picture
+    first, second = slope(plain, (x + 0.02).clamp(0, 1)), slope(weighted, (x + 0.02).clamp(0, 1))
+    assert second.isfinite().all() and (first.sign() != second.sign()).float().mean() > 0.05
+
+
+def _at(surrogate: Surrogate, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = surrogate.posterior(x).mean
+    return surrogate.draw(z, seeded())

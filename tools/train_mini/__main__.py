@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "--channels", type=lambda text: tuple(map(int, text.split(","))), help="UNet's, such as 64,128,192"
     )
     top.add_argument("--seed", type=int, help="of the stage or, with unet, of the model")
-    top.add_argument("--batch", type=int, help="of unet")
+    top.add_argument("--batch", type=int, help="pictures a step, all kinds together")
     top.add_argument("--minutes", type=float, help="of the clock, all runs of this stage together")
     top.add_argument("--steps", type=float, default=float("inf"), help="end after so many, whatever the clock says")
     top.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that draw")
@@ -59,10 +59,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
     wanted = {key: getattr(options, key) for key in ("prediction", "channels", "seed", "batch")}
     changes = {key: value for key, value in wanted.items() if value is not None}
     if options.stage in ("encoder", "decoder"):
-        seeded = {"seed": changes["seed"]} if "seed" in changes else {}
-        return dataclasses.replace(
-            settings, **{options.stage: dataclasses.replace(getattr(settings, options.stage), **seeded)}
-        )
+        own = getattr(settings, options.stage)
+        own = own.sized(options.batch or sum(own.batch.values()))
+        own = dataclasses.replace(own, seed=own.seed if options.seed is None else options.seed)
+        return dataclasses.replace(settings, **{options.stage: own})
     model = dataclasses.replace(settings.models[options.name], **changes)
     return dataclasses.replace(settings, models=settings.models | {options.name: model})
 
@@ -80,6 +80,10 @@ def stage_command(options: argparse.Namespace, stage: str, minutes: float) -> li
     words += ["--minutes", f"{minutes:.3f}", "--device", options.device, "--precision", options.precision]
     for key in ("out", "data", "assets", "teacher", "workers"):
         words += [f"--{key}", str(getattr(options, key))]
+    if stage == options.name:
+        for key in ("prediction", "seed", "batch"):
+            words += [f"--{key}", str(getattr(options, key))] * (getattr(options, key) is not None)
+        words += ["--channels", ",".join(map(str, options.channels))] * (options.channels is not None)
     return words + ["--tiny"] * options.tiny
 
 

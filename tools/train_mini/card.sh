@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything on a card that is lent for fifteen minutes, unattended:
+# Everything on a card that is rented for a quarter of an hour, unattended:
 #   OUT=results tools/train_mini/card.sh ASSETS TEACHER [WHEELS] [more options of `train_mini all`, such as --tiny]
 # The training runs in a session of its own, in $RUN, so that it outlives a call that is cut off; a second call with the
 # same arguments follows the same run. Every call copies what there is to $OUT: at most eight files of 15 MiB.
-# MINUTES of training and figures (12.5), start-up of the machine not counted; SECONDS_HERE that one call stays (560).
+# MINUTES of training and figures (12), start-up of the machine not counted; SECONDS_HERE that one call stays (560).
 set -u
 ASSETS=$(realpath "$1") TEACHER=$(realpath "$2")
 shift 2
@@ -18,10 +18,10 @@ if [ -n "${WHEELS:-}" ] && [ ! -e "$RUN/site/done" ]; then
 fi
 export PYTHONPATH="$HERE/tools:$HERE/src:$RUN/site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 cd "$HERE" || exit
-alive() { [ -e "$RUN/pid" ] && kill -0 "$(cat "$RUN/pid")" 2>/dev/null; }
+alive() { [ -e "$RUN/pid" ] && grep -qvs ') Z ' "/proc/$(cat "$RUN/pid")/stat"; } # Z: killed, and nobody asked why
 if [ ! -e "$RUN/finished" ] && ! alive; then
   setsid "$PYTHON" -m train_mini all --out "$RUN" --assets "$ASSETS" --teacher "$TEACHER" \
-    --minutes "${MINUTES:-12.5}" "$@" >>"$RUN/output" 2>&1 </dev/null &
+    --minutes "${MINUTES:-12}" "$@" >>"$RUN/output" 2>&1 </dev/null &
   echo $! >"$RUN/pid"
 fi
 "$PYTHON" -m train_mini follow --out "$RUN" --results "$OUT" --pid "$(cat "$RUN/pid")" --seconds "${SECONDS_HERE:-560}" \

@@ -8,13 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
-from portraits.caption import caption
-from portraits.dataset import MAX_PICTURES, renderer, run
-from portraits.identity import sample_identity
 from portraits.sampling import held_out_generator, training_generator
-from portraits.scene import sample_scene
 from train_mini.pictures import dead_leaves, letters
 from train_mini.settings import CAPTION_BYTES, SIZE, DataSettings
 
@@ -23,20 +20,26 @@ CHUNK = 8  # pictures that a process draws and then says to be there
 Drawn = tuple[NDArray[np.uint8], str]
 
 
-def portrait(assets: Path, index: int) -> Drawn:
-    """Render training picture `index`, as `python -m portraits train` does."""
-    rng = training_generator(index)
+def render(assets: Path, rng: Generator, words: int) -> Drawn:
+    """Render the first picture of a generator's person, described by the seed `words`."""
+    from portraits.caption import caption
+    from portraits.dataset import renderer  # numba, which whoever only reads pictures need not have
+    from portraits.identity import sample_identity
+    from portraits.scene import sample_scene
+
     identity = sample_identity(rng)
     scene = sample_scene(rng, identity)
-    return renderer(assets)(identity, scene), caption(identity, scene, index)
+    return renderer(assets)(identity, scene), caption(identity, scene, words)
+
+
+def portrait(assets: Path, index: int) -> Drawn:
+    """Render training picture `index`, as `python -m portraits train` does."""
+    return render(assets, training_generator(index), index)
 
 
 def held(assets: Path, index: int) -> Drawn:
     """Render the first picture of held-out identity `index`, as `python -m portraits identities` does."""
-    rng = held_out_generator(index)
-    identity = sample_identity(rng)
-    scene = sample_scene(rng, identity)
-    return renderer(assets)(identity, scene), caption(identity, scene, index * MAX_PICTURES)
+    return render(assets, held_out_generator(index), index * 100)
 
 
 KINDS: dict[str, Callable[[Path, int], Drawn]] = {
@@ -104,8 +107,19 @@ def draw(assets: Path, folder: Path, kind: str, chunk: int) -> None:
     store.done[chunk] = 1
 
 
+def missing(folder: Path, settings: DataSettings) -> list[tuple[str, int]]:
+    """Return the chunks that are not there, as kind and index: held-out people first, then all kinds side by side."""
+    chunks = {kind: np.flatnonzero(Store(folder, kind).done == 0) for kind in settings.counts()}
+    places = [
+        ((i + 0.5) / len(indices) * (kind != "held"), kind, int(chunk))
+        for kind, indices in chunks.items()
+        for i, chunk in enumerate(indices)
+    ]
+    return [(kind, chunk) for _, kind, chunk in sorted(places)]
+
+
 def draw_all(assets: Path, folder: Path, settings: DataSettings, workers: int, report: Callable[[int], object]) -> None:
-    """Draw what is missing, all kinds side by side and the held-out people first.
+    """Draw what is missing.
 
     Arguments:
         assets: Folder with model.npz and hair.npz.
@@ -113,18 +127,18 @@ def draw_all(assets: Path, folder: Path, settings: DataSettings, workers: int, r
         settings: Numbers of pictures.
         workers: Number of processes.
         report: Called with the number of chunks that are done.
+
+    Raises:
+        FileNotFoundError: If the assets are not there.
     """
     for name in ("model.npz", "hair.npz"):
         if not (assets / name).exists():
-            raise FileNotFoundError(
-                f"expected {assets / name}, found nothing; run `python -m portraits assets {assets}`"
-            )
+            remedy = f"run `python -m portraits assets {assets}`"
+            raise FileNotFoundError(f"expected {assets / name}, found nothing; {remedy}")
+    from portraits.dataset import run
+
     create(folder, settings)
-    missing = []
-    for kind in settings.counts():
-        chunks = np.flatnonzero(Store(folder, kind).done == 0)
-        missing += [((i + 0.5) / len(chunks) * (kind != "held"), kind, int(chunk)) for i, chunk in enumerate(chunks)]
-    run(draw, [(assets, folder, kind, chunk) for _, kind, chunk in sorted(missing)], workers, report)
+    run(draw, [(assets, folder, *chunk) for chunk in missing(folder, settings)], workers, report)
 
 
 def wait(folder: Path, least: dict[str, int], alive: Callable[[], bool], seconds: float = 300.0) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from train_mini.degrade import normal
 from train_mini.encoder import moments
@@ -52,7 +52,7 @@ def train_decoder(settings: Settings, data: Path, folder: Path, machine: Machine
     distance = perceptual_distance()
     if distance:
         distance.to(device, memory_format=torch.channels_last)
-    generator = Generator(device).manual_seed(own.seed)
+    generator = machine.generator(own.seed)
     pools = Pools(data, own.batch, device, generator)
     average, optimizer = Average(decoder), adam(decoder, (0.9, 0.99))
     critic_optimizer = adam(critic, (0.5, 0.9))

@@ -42,7 +42,8 @@ class Degrade(nn.Module):
         dct = torch.cos(math.pi * (2 * n + 1) * k / 16) * torch.where(k == 0, math.sqrt(1 / 8), 0.5)
         taps = torch.exp(-0.5 * (torch.arange(-4.0, 5.0) / SIGMA) ** 2)
         self.register_buffer("dct", dct)
-        self.register_buffer("quantisation", torch.stack([tables(LUMA), tables(CHROMA), tables(CHROMA)]))
+        self.register_buffer("luma", tables(LUMA))
+        self.register_buffer("chroma", tables(CHROMA))
         self.register_buffer("ycbcr", torch.tensor(YCBCR))
         self.register_buffer("rgb", torch.linalg.inv(torch.tensor(YCBCR)))
         self.register_buffer("taps", taps / taps.sum())
@@ -59,17 +60,21 @@ class Degrade(nn.Module):
 
     def jpeg(self, x: Tensor, generator: Generator) -> Tensor:
         """Quantise as JPEG does at a quality in `QUALITY`, with chroma at half size; all but the lossless part."""
-        quality = self.uniform(x, *QUALITY, generator)[..., None, None]
+        quality = self.uniform(x, *QUALITY, generator)[:, 0]
         scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
         y = torch.einsum("rc,bchw->brhw", self.ycbcr, x.float()) * 127.5
-        chroma = F.interpolate(F.avg_pool2d(y[:, 1:], 2), scale_factor=2, mode="nearest")
-        y = torch.cat([y[:, :1], chroma], 1)
+        luma = self.quantised(y[:, :1], self.luma * scale)
+        chroma = self.quantised(F.avg_pool2d(y[:, 1:], 2), self.chroma * scale)
+        chroma = F.interpolate(chroma, x.shape[-2:], mode="bilinear")
+        return torch.einsum("rc,bchw->brhw", self.rgb, torch.cat([luma, chroma], 1)) / 127.5
+
+    def quantised(self, y: Tensor, steps: Tensor) -> Tensor:
+        """Round the cosine coefficients of planes `y: (B, C, H, W)`, in blocks, to multiples of `steps: (B, 8, 8)`."""
         b, c, h, w = y.shape
         blocks = y.reshape(b, c, h // 8, 8, w // 8, 8).permute(0, 1, 2, 4, 3, 5)
-        step = (self.quantisation * scale.view(b, 1, 1, 1)).clamp(1, 255)[:, :, None, None]
-        coefficients = (self.dct @ blocks @ self.dct.T / step).round() * step
-        y = (self.dct.T @ coefficients @ self.dct).permute(0, 1, 2, 4, 3, 5).reshape(b, c, h, w)
-        return torch.einsum("rc,bchw->brhw", self.rgb, y) / 127.5
+        steps = steps.clamp(1, 255)[:, None, None, None]
+        blocks = self.dct.T @ ((self.dct @ blocks @ self.dct.T / steps).round() * steps) @ self.dct
+        return blocks.permute(0, 1, 2, 4, 3, 5).reshape(b, c, h, w)
 
     def blur(self, x: Tensor, generator: Generator) -> Tensor:
         across = self.taps.view(1, 1, 1, -1).expand(3, 1, 1, -1)

@@ -8,11 +8,12 @@ References:
     Adversarially Robust Distillation, Goldblum et al., 2019, arXiv 1905.09747
 """
 
+import math
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from train_mini.degrade import Degrade, attack
 from train_mini.loop import Average, Machine, Training, adam
@@ -40,7 +41,7 @@ def moments(encoder: nn.ModuleDict, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and log variance `(B, 4, h, w)` of scaled latents of pictures `x: (B, 3, H, W)` in [-1, 1]."""
     mean, log_variance = encoder["quant_conv"](encoder["encoder"](x)).float().chunk(2, 1)
     # diffusers clamps the unscaled one so.
-    return mean * SCALING, log_variance.clamp(-30, 20) + 2 * torch.log(torch.tensor(SCALING)).item()
+    return mean * SCALING, log_variance.clamp(-30, 20) + 2 * math.log(SCALING)
 
 
 def train_encoder(settings: Settings, data: Path, teacher_folder: Path, machine: Machine) -> Training:
@@ -49,7 +50,7 @@ def train_encoder(settings: Settings, data: Path, teacher_folder: Path, machine:
     torch.manual_seed(own.seed)  # diffusers draws the first weights from the global generator
     encoder = encoder_of(build_vae(settings.channels)).to(device, memory_format=torch.channels_last).train()
     teacher = load_teacher(teacher_folder, device)
-    generator = Generator(device).manual_seed(own.seed)
+    generator = machine.generator(own.seed)
     pools = Pools(data, own.batch, device, generator)
     low, high = (2 * value / 255 for value in own.radius)
     degrade = Degrade((low, high)).to(device)

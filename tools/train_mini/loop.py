@@ -44,6 +44,13 @@ class Machine:
         wanted = half if precision == "auto" else precision == "bfloat16"
         return cls(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if wanted else None, cuda)
 
+    def generator(self, seed: int) -> Generator:
+        """Return the source of all randomness of a stage: on a card the default one, which captured steps know."""
+        if self.device.type == "cpu":
+            return Generator().manual_seed(seed)
+        torch.cuda.init()
+        return torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+
     def autocast(self) -> torch.autocast:
         # A cache of converted weights would outlive a captured step.
         return torch.autocast(
@@ -240,11 +247,10 @@ def _captured(training: Training, folder: Path, machine: Machine) -> tuple[Calla
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        graph.register_generator_state(training.generator)
         with torch.cuda.graph(graph):
             losses = training.step()
-    except RuntimeError as error:
-        _log(training, folder, {"event": f"plain steps, the capture failed: {str(error).splitlines()[0]}"})
+    except Exception as error:  # of whatever version of torch
+        _log(training, folder, {"event": f"plain steps, the capture failed: {error!r}"[:300]})
         torch.cuda.synchronize()
         return training.step, warm
 
@@ -304,12 +310,7 @@ def _resume(training: Training, folder: Path) -> tuple[int, float]:
         return 0, 0.0
     state = torch.load(path, map_location=training.average.updates.device, weights_only=True)
     for name, part in training.parts().items():
-        if name not in training.optimizers:
-            part.load_state_dict(state[name])
-    for name, optimizer in training.optimizers.items():
-        rate = optimizer.param_groups[0]["lr"]
-        optimizer.load_state_dict(state[name])
-        optimizer.param_groups[0]["lr"] = rate  # the tensor that the loop fills, not a copy
+        part.load_state_dict(state[name])
     training.generator.set_state(state["generator"].cpu())
     return state["steps"], state["seconds"]
 

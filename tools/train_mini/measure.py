@@ -1,6 +1,5 @@
 """What a run reached, on pictures and people that were never in training, from the packaged models."""
 
-import importlib.util
 import json
 import statistics
 import sys
@@ -13,11 +12,11 @@ from torch import Generator, Tensor
 
 from antidiffusion import Surrogate
 from antidiffusion.metrics.attributes import Attributes
-from antidiffusion.metrics.identity import SIDE as FACE_SIDE
 from antidiffusion.models.sampling import sample
 from train_mini.data import Store
 from train_mini.degrade import attack
 from train_mini.encoder import load_teacher
+from train_mini.faces import faces_found
 from train_mini.loop import Machine
 from train_mini.pictures import dead_leaves, letters
 from train_mini.settings import MeasureSettings
@@ -97,24 +96,6 @@ def sensitivity(spaces: Spaces, x: Tensor, settings: MeasureSettings, generator:
     return result
 
 
-def faces_found(x: Tensor) -> float | None:
-    """Return the share of pictures `(N, 3, H, W)` in [0, 1] in which dlib's detector finds a face, None without dlib.
-
-    The package's `Faces` wants dlib's other models too, which are ten times as large and would say the same here.
-    """
-    if importlib.util.find_spec("dlib") is None:
-        return None
-    import dlib
-
-    detect, found = dlib.get_frontal_face_detector(), []
-    for picture in (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        factor = max(1, -(-FACE_SIDE // min(picture.shape[:2])))
-        larger = (picture.shape[1] * factor, picture.shape[0] * factor)
-        scaled = np.asarray(Image.fromarray(picture).resize(larger, Image.Resampling.BICUBIC))
-        found.append(len(detect(scaled, 0)) > 0)
-    return statistics.mean(found)
-
-
 def drawing(surrogate: Surrogate, data: Path, settings: MeasureSettings, sheet: Path) -> dict[str, object]:
     """Draw the captions of held-out people; return how many samples show a face and the attributes asked for."""
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the words that captions use are read there
@@ -139,8 +120,7 @@ def drawing(surrogate: Surrogate, data: Path, settings: MeasureSettings, sheet: 
     Image.fromarray((side.permute(1, 2, 0) * 255).round().byte().numpy()).save(sheet)
     return {
         "samples": len(x),
-        "faces": faces_found(x),
-        "faces_of_renders": faces_found(torch.from_numpy(store.pictures[rows]).permute(0, 3, 1, 2) / 255),
+        "faces": faces_found(x.mul(255).round().byte().permute(0, 2, 3, 1).numpy()),
         "attributes": {name: statistics.mean(values) for name, values in hits.items() if values},
         "attributes_all": statistics.mean(hit for values in hits.values() for hit in values),
     }
@@ -181,6 +161,8 @@ def measure(
         kind: sensitivity(spaces, x[: settings.attacked], settings, generator) for kind, x in pictures.items()
     }
     write()
+    store = Store(data, "held")
+    result["faces_of_renders"] = faces_found(store.pictures[store.rows()])
     for name, folder in packages.items():
         surrogate = Surrogate.from_pretrained(str(folder)).to(machine.device)
         result[name] = drawing(surrogate, data, settings, out.with_name(f"{name}.png"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 SIZE = 128  # pixels, the side of every training picture
-TOKENS = 32  # length of the text window; the longest caption has 33 words and is cut
+TOKENS = 48  # length of the text window; the longest of 1,756 captions has 41 tokens, punctuation among them
 SCALING = 0.18215  # Stable Diffusion's factor between the autoencoder's latents and the UNet's
 CAPTION_BYTES = 320  # the longest caption has 34 words of at most eight letters
 
@@ -21,6 +21,19 @@ class DataSettings:
         return {"held": self.held, "portraits": self.portraits, "textures": self.textures, "text": self.text}
 
 
+def shared(batch: dict[str, int], total: int) -> dict[str, int]:
+    """Share `total` pictures among the kinds of a batch in its proportions, one of each at least; the first is largest.
+
+    Raises:
+        ValueError: If there are more kinds than pictures.
+    """
+    if total < len(batch):
+        raise ValueError(f"expected at least {len(batch)} pictures a step, one of each kind, got {total}")
+    first, *others = batch
+    parts = {kind: max(1, round(batch[kind] * total / sum(batch.values()))) for kind in others}
+    return {first: total - sum(parts.values()), **parts}
+
+
 @dataclass(frozen=True)
 class EncoderSettings:
     """Distillation of the teacher's encoder.
@@ -32,13 +45,18 @@ class EncoderSettings:
         radius: Smallest and largest L-infinity radius of attacks and noise, in steps of 1/255.
     """
 
-    batch: dict[str, int] = field(default_factory=lambda: {"portraits": 36, "textures": 20, "text": 8})
-    attacked: int = 24
+    batch: dict[str, int] = field(default_factory=lambda: {"portraits": 24, "textures": 12, "text": 4})
+    attacked: int = 18
     attack_steps: int = 3
     radius: tuple[float, float] = (2.0, 16.0)
     rate: float = 1e-3
     warmup: int = 200
     seed: int = 0
+
+    def sized(self, total: int) -> "EncoderSettings":
+        """Return these settings with `total` pictures a step in the same proportions, and as many attacked ones."""
+        thirds = round(self.attacked * total / sum(self.batch.values()) / 3)
+        return replace(self, batch=shared(self.batch, total), attacked=3 * max(1, thirds))
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,10 @@ class DecoderSettings:
     rate: float = 1e-3
     warmup: int = 200
     seed: int = 0
+
+    def sized(self, total: int) -> "DecoderSettings":
+        """Return these settings with `total` pictures a step in the same proportions."""
+        return replace(self, batch=shared(self.batch, total))
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,7 @@ class MeasureSettings:
     radii: tuple[int, ...] = (4, 8, 16)
     attack_steps: int = 14
     samples: int = 256
-    batch: int = 32
+    batch: int = 64
     sampling_steps: int = 25
     guidance: float = 4.0
 
@@ -110,7 +132,7 @@ class Settings:
     models: dict[str, UnetSettings] = field(
         default_factory=lambda: {
             "mini": UnetSettings(),
-            "second": UnetSettings("v_prediction", (64, 96, 160), text_width=128, vocabulary=300, seed=1),
+            "second": UnetSettings("v_prediction", (64, 96, 160), text_width=128, vocabulary=340, seed=1),
         }
     )
     measure: MeasureSettings = MeasureSettings()

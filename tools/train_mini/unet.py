@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from train_mini.data import Store
@@ -76,7 +76,7 @@ def train_unet(settings: Settings, name: str, data: Path, folder: Path, machine:
     mean, std = latents["mean"].to(device), latents["std"].to(device)
     torch.manual_seed(own.seed)
     model = build_prior(own, len(tokenizer)).to(device).train()
-    generator = Generator(device).manual_seed(own.seed)
+    generator = machine.generator(own.seed)
     average, optimizer = Average(model), adam(model, (0.9, 0.99), 0.01)
     alphas = build_scheduler(own.prediction).alphas_cumprod.to(device)
     signal, noise_level, snr = alphas.sqrt(), (1 - alphas).sqrt(), alphas / (1 - alphas)

@@ -72,7 +72,18 @@ def embed_each(texts: Texts, count: int, surrogate: Surrogate) -> Embedding:
     return surrogate.embed(one_or_each(texts, count))
 
 
-def check_strength(name: str, strength: float, steps: int) -> None:
-    """Raise ValueError unless a share of the steps is in (0, 1] and one step at least."""
-    if not 0 < strength <= 1 or int(steps * strength) < 1:
-        raise ValueError(f"expected a {name} in (0, 1] that runs a step, got {strength} of {steps} steps; try 0.5")
+def usual(steps: int | None, guidance: float | None, surrogate: Surrogate) -> tuple[int, float]:
+    """Return the steps and the scale of guidance that an attack draws with: those usual for the model where None."""
+    return surrogate.steps if steps is None else steps, surrogate.guidance if guidance is None else guidance
+
+
+def check_steps(steps: int | None) -> None:
+    """Raise ValueError unless there is a step, or None for the usual number."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"expected at least 1 step, got {steps}; leave it out for the model's usual number")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError unless a share of the noising is in (0, 1]."""
+    if not 0 < share <= 1:  # so that NaN fails too
+        raise ValueError(f"expected a {name} in (0, 1], got {share}; try 0.5")

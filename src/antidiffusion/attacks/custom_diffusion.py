@@ -53,6 +53,9 @@ class CustomDiffusion(PriorTuning):
 
     @contextmanager
     def _training(self, task: Task, surrogate: Surrogate) -> Iterator[Training]:
+        if surrogate.joint:
+            got = f"got {surrogate.name}, which reads text and picture together"
+            raise ValueError(f"expected a UNet, whose layers for the text are tuned, {got}; use LoRA or DreamBooth")
         tokens = dict[str, Tensor]()
         with ExitStack() as stack:
             if self.placeholder is not None:

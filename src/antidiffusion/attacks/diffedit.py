@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts, check_strength, embed_each
+from antidiffusion.attacks.base import Prompts, check_share, check_steps, embed_each, usual
 from antidiffusion.models.base import Embedding, Posterior, Surrogate, randn
 from antidiffusion.models.sampling import check_size, denoise, invert, way_down
 from antidiffusion.models.schedule import noised
@@ -24,8 +24,8 @@ class DiffEdit:
 
     Arguments:
         strength: Share of the steps that are inverted and redrawn, in (0, 1]: the paper's encoding ratio.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
-        steps: Steps of the full DDIM trajectory; `strength` of them are run in each direction.
+        guidance: Scale of classifier-free guidance, 1 to turn it off; None for what is usual for the model.
+        steps: Of the whole way, None for what is usual for the model; `strength` of them are run in each direction.
         mask_strength: Share of the noising at which the texts are compared, in (0, 1].
         mask_threshold: Redraw where the difference is more than this multiple of the picture's mean. diffusers
             halves the range up to three times the mean.
@@ -33,15 +33,16 @@ class DiffEdit:
     """
 
     strength: float = 0.8
-    guidance: float = 7.5
-    steps: int = 50
+    guidance: float | None = None
+    steps: int | None = None
     mask_strength: float = 0.5
     mask_threshold: float = 1.5
     maps: int = 10
 
     def __post_init__(self) -> None:
-        check_strength("strength", self.strength, self.steps)
-        check_strength("mask_strength", self.mask_strength, self.steps)
+        check_steps(self.steps)
+        check_share("strength", self.strength)
+        check_share("mask_strength", self.mask_strength)
         if not self.mask_threshold > 0:
             raise ValueError(f"expected a positive mask_threshold, got {self.mask_threshold}; try 1.5")
         if self.maps < 1:
@@ -52,11 +53,12 @@ class DiffEdit:
         self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
+        steps, guidance = usual(self.steps, self.guidance, surrogate)
         source, target = (embed_each(texts, len(x), surrogate) for texts in (prompts.source, prompts.target))
         generator = Generator().manual_seed(seed)
         height, width = x.shape[-2:]
         compared, times = (
-            way_down(surrogate, height, width, self.steps, share) for share in (self.mask_strength, self.strength)
+            way_down(surrogate, height, width, steps, share) for share in (self.mask_strength, self.strength)
         )
         run = len(times) - 1
         total = self.maps + 2 * run
@@ -80,7 +82,7 @@ class DiffEdit:
             times,
             target,
             surrogate,
-            guidance=self.guidance,
+            guidance=guidance,
             after=lambda done, z: mask * z + (1 - mask) * trajectory[done],
             progress=part(progress, self.maps + run, total),
         )

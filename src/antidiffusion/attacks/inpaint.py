@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts, check_strength, embed_each
+from antidiffusion.attacks.base import Prompts, check_share, check_steps, embed_each, usual
 from antidiffusion.models.base import Surrogate, randn
 from antidiffusion.models.sampling import check_size, denoise, way_down
 from antidiffusion.models.schedule import noised
@@ -27,29 +27,31 @@ class Inpaint:
 
     Arguments:
         strength: Share of the noising that is undone, in (0, 1]; 1 forgets what was under the mask.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
-        steps: Steps of the full DDIM trajectory; `strength` of them are run.
+        guidance: Scale of classifier-free guidance, 1 to turn it off; None for what is usual for the model.
+        steps: Of the whole way, None for what is usual for the model; `strength` of them are run.
         paste: Put the picture's own pixels back outside the mask; without, they have passed the autoencoder.
     """
 
     strength: float = 1.0
-    guidance: float = 7.5
-    steps: int = 50
+    guidance: float | None = None
+    steps: int | None = None
     paste: bool = False
 
     def __post_init__(self) -> None:
-        check_strength("strength", self.strength, self.steps)
+        check_steps(self.steps)
+        check_share("strength", self.strength)
 
     @torch.no_grad()
     def __call__(
         self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
+        steps, guidance = usual(self.steps, self.guidance, surrogate)
         region = binary_mask(prompts.mask, x)
         mask = F.interpolate(region, scale_factor=1 / surrogate.factor)
         embedding = embed_each(prompts.target, len(x), surrogate)
         generator = Generator().manual_seed(seed)
-        times = way_down(surrogate, x.shape[-2], x.shape[-1], self.steps, self.strength)
+        times = way_down(surrogate, x.shape[-2], x.shape[-1], steps, self.strength)
         clean = surrogate.encode(x, generator)
         noise = randn(clean.shape, generator, clean)
 
@@ -61,7 +63,7 @@ class Inpaint:
             times,
             embedding,
             surrogate,
-            guidance=self.guidance,
+            guidance=guidance,
             after=lambda done, z: (1 - mask) * kept(done) + mask * z,
             progress=progress,
         )

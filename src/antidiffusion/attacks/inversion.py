@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts, embed_each
+from antidiffusion.attacks.base import Prompts, check_steps, embed_each
 from antidiffusion.models.base import Surrogate, concatenate
 from antidiffusion.models.sampling import check_size, denoise, invert, way_down
 from antidiffusion.progress import Progress, part
@@ -33,8 +33,8 @@ def edit_beside_source(
 
     Arguments:
         x, prompts, surrogate, seed, progress: See `base.Attack`; the seed draws the posterior's noise.
-        steps: DDIM steps in each direction.
-        guidance: Scale of classifier-free guidance for the targets; 1 turns it off.
+        steps: In each direction.
+        guidance: Scale of guidance for the targets; 1 turns it off.
         phases: Parts of the denoising in order, the last of which ends at `steps`.
 
     Returns:
@@ -58,10 +58,9 @@ def edit_beside_source(
     return surrogate.decode(z[count:])
 
 
-def check_settings(steps: int, shares: dict[str, float]) -> None:
+def check_settings(steps: int | None, shares: dict[str, float]) -> None:
     """Raise ValueError unless there is a step and all shares are in [0, 1]."""
-    if steps < 1:
-        raise ValueError(f"expected at least 1 step, got {steps}; try 50")
+    check_steps(steps)
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"expected {name} in [0, 1], got {share}; it is a share, not a number")

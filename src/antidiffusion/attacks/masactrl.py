@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.base import Prompts, usual
 from antidiffusion.attacks.inversion import Phase, check_settings, edit_beside_source
 from antidiffusion.models.attention import sharing, watched
 from antidiffusion.models.base import Surrogate
@@ -27,15 +27,16 @@ class MasaCtrl:
     Arguments:
         first_step: Share of the steps before the source's keys and values are used; the paper's 4 of 50.
         first_layer: Share of the self-attention layers, in the order in which they run, that keep their own; the
-            paper's 10 of 16, so that the last six of Stable Diffusion's decoder are controlled.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
-        steps: DDIM steps in each direction.
+            paper's 10 of 16, so that the last six of Stable Diffusion's decoder are controlled. In a transformer these
+            are the joint layers, whose text stays each picture's own.
+        guidance: Scale of classifier-free guidance, 1 to turn it off; None for what is usual for the model.
+        steps: In each direction; None for what is usual for the model.
     """
 
     first_step: float = 4 / 50
     first_layer: float = 10 / 16
-    guidance: float = 7.5
-    steps: int = 50
+    guidance: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.steps, {"first_step": self.first_step, "first_layer": self.first_layer})
@@ -43,17 +44,18 @@ class MasaCtrl:
     def __call__(
         self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
+        steps, guidance = usual(self.steps, self.guidance, surrogate)
         layers = surrogate.self_layers()
         layers = layers[round(self.first_layer * len(layers)) :]
         mutual = watched(surrogate, layers, sharing(len(x)))
-        phases: list[Phase] = [(round(self.first_step * self.steps), nullcontext()), (self.steps, mutual)]
+        phases: list[Phase] = [(round(self.first_step * steps), nullcontext()), (steps, mutual)]
         return edit_beside_source(
             x,
             prompts,
             surrogate,
             seed,
-            steps=self.steps,
-            guidance=self.guidance,
+            steps=steps,
+            guidance=guidance,
             phases=phases,
             progress=progress,
         )

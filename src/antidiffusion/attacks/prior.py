@@ -38,9 +38,9 @@ class PriorTuning(Tuning):
         super().__post_init__()
         at_least_one("class_pictures", self.class_pictures)
 
-    @property
-    def _steps_before(self) -> int:
-        return 0 if self.class_prompt is None else -(-self.class_pictures // TOGETHER) * self.sampling_steps
+    def _steps_before(self, surrogate: Surrogate) -> int:
+        steps, _ = self._drawing(surrogate)
+        return 0 if self.class_prompt is None else -(-self.class_pictures // TOGETHER) * steps
 
     def _loss(self, task: Task, surrogate: Surrogate, *, texts: bool) -> Loss:
         """Draw the class pictures, if wanted, and return the loss of the whole task; call it before weights change.
@@ -69,11 +69,12 @@ class PriorTuning(Tuning):
     def _prior(self, prompt: str, task: Task, surrogate: Surrogate) -> Posterior:
         """Draw the class pictures, as large as the person's, and encode them."""
         height, width = (side * surrogate.factor for side in task.posterior.mean.shape[-2:])
-        options: Any = {"steps": self.sampling_steps, "guidance": self.guidance, "size": (height, width)}
+        steps, guidance = self._drawing(surrogate)
+        options: Any = {"steps": steps, "guidance": guidance, "size": (height, width)}
         posteriors: list[Posterior] = []
         for first in range(0, self.class_pictures, TOGETHER):
-            total = -(-self.class_pictures // TOGETHER) * self.sampling_steps
-            progress = part(task.progress, len(posteriors) * self.sampling_steps, total)
+            total = self._steps_before(surrogate)
+            progress = part(task.progress, len(posteriors) * steps, total)
             prompts = [prompt] * min(TOGETHER, self.class_pictures - first)
             pictures = sample(prompts, surrogate, task.generator, progress=progress, **options)
             posteriors.append(surrogate.posterior(pictures))

@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor
 
-from antidiffusion.attacks.base import Prompts, one_or_each
+from antidiffusion.attacks.base import Prompts, one_or_each, usual
 from antidiffusion.attacks.inversion import check_settings, edit_beside_source
 from antidiffusion.models.attention import (
     Attend,
@@ -29,21 +29,22 @@ class PromptToPrompt:
 
     Words that both texts have keep the source's cross-attention maps (the paper's refinement). Where as many words
     stand in the place of others, each takes the map of the one it replaces (word swap). Added words keep their own.
+    Only a UNet reads words apart from the picture: other models are refused.
 
     Arguments:
         cross_replace: Share of the steps in which cross-attention maps come from the source and are reweighted.
         self_replace: Share of the steps in which self-attention maps come from the source, in the layers of at most
             half the latent's side.
         reweight: Words of the target and what their attention is multiplied by, such as `(("smiling", 2.0),)`.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
-        steps: DDIM steps in each direction.
+        guidance: Scale of classifier-free guidance, 1 to turn it off; None for what is usual for the model.
+        steps: In each direction; None for what is usual for the model.
     """
 
     cross_replace: float = 0.8
     self_replace: float = 0.4
     reweight: tuple[tuple[str, float], ...] = ()
-    guidance: float = 7.5
-    steps: int = 50
+    guidance: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.steps, {"cross_replace": self.cross_replace, "self_replace": self.self_replace})
@@ -51,6 +52,7 @@ class PromptToPrompt:
     def __call__(
         self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
+        steps, guidance = usual(self.steps, self.guidance, surrogate)
         count, window = len(x), surrogate.tokenizers[0].model_max_length
         sources, targets = (
             [surrogate.words(text) for text in one_or_each(texts, count)] for texts in (prompts.source, prompts.target)
@@ -65,7 +67,7 @@ class PromptToPrompt:
             (self.cross_replace, surrogate.cross_layers(), inject_cross(mapping, factors)),
             (self.self_replace, surrogate.self_layers(), inject_self(count, coarse)),
         ]
-        ends = [(round(share * self.steps), layers, attend) for share, layers, attend in controls]
+        ends = [(round(share * steps), layers, attend) for share, layers, attend in controls]
 
         @contextmanager
         def controlled(until: int) -> Iterator[None]:
@@ -80,9 +82,9 @@ class PromptToPrompt:
             prompts,
             surrogate,
             seed,
-            steps=self.steps,
-            guidance=self.guidance,
-            phases=[(until, controlled(until)) for until in sorted({self.steps, *(end for end, *_ in ends)})],
+            steps=steps,
+            guidance=guidance,
+            phases=[(until, controlled(until)) for until in sorted({steps, *(end for end, *_ in ends)})],
             progress=progress,
         )
 

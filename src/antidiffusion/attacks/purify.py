@@ -26,12 +26,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
+from antidiffusion.attacks.base import Prompts
+from antidiffusion.attacks.sdedit import SDEdit
 from antidiffusion.models.base import Embedding, Surrogate, randn
 from antidiffusion.models.sampling import check_size
-from antidiffusion.models.schedule import noised, parts, step
+from antidiffusion.models.schedule import VP, Schedule, noised, parts, step
 from antidiffusion.pictures.canvas import filter_matrix
 from antidiffusion.pictures.tensors import check_pictures, to_bytes
 
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STABLE_DIFFUSION |= {"prediction_type": "epsilon"}
 TRAINED = 1000  # steps of the noising, which the papers count by
 
 
@@ -59,6 +63,24 @@ def rescale(x: Tensor, surrogate: Surrogate, seed: int, *, factor: float) -> Ten
     _within("a factor", factor, 0.01, 1)
     height, width = x.shape[-2:]
     return _resize(_resize(x, max(1, round(factor * height)), max(1, round(factor * width))), height, width)
+
+
+def lanczos(x: Tensor, surrogate: Surrogate, seed: int, *, factor: float) -> Tensor:
+    """Shrink by a factor in (0, 1] and enlarge again with Pillow's Lanczos filter on 8 bits: no filter of ours."""
+    check_pictures(x)
+    _within("a factor", factor, 0.01, 1)
+    height, width = x.shape[-2:]
+    smaller = (max(1, round(factor * width)), max(1, round(factor * height)))
+    filtered = []
+    for picture in map(Image.fromarray, to_bytes(x)):
+        small = picture.resize(smaller, Image.Resampling.LANCZOS)
+        filtered.append(np.asarray(small.resize((width, height), Image.Resampling.LANCZOS)))
+    return torch.from_numpy(np.stack(filtered)).permute(0, 3, 1, 2).to(x) / 255
+
+
+def jpeg_lanczos(x: Tensor, surrogate: Surrogate, seed: int, *, quality: int, factor: float) -> Tensor:
+    """Write as JPEG, then shrink and enlarge: what a picture goes through that is shared and found again."""
+    return lanczos(jpeg(x, surrogate, seed, quality=quality), surrogate, seed, factor=factor)
 
 
 def crop_resize(x: Tensor, surrogate: Surrogate, seed: int, *, share: float) -> Tensor:
@@ -138,6 +160,35 @@ def diffpure(x: Tensor, surrogate: Surrogate, seed: int, *, t: int = 150, steps:
 
 
 @torch.no_grad()
+def denoise(x: Tensor, surrogate: Surrogate, seed: int, *, strength: float) -> Tensor:
+    """Noise a little and denoise without a prompt: image-to-image of the attacker's model, at a low strength."""
+    check_pictures(x)
+    return SDEdit(strength=strength, guidance=1.0)(x.float(), Prompts(""), surrogate, seed).to(x)
+
+
+@torch.no_grad()
+def noisy_upscale(
+    x: Tensor, surrogate: Surrogate, seed: int, *, sigma: float = 0.05, factor: int = 2, strength: float = 0.2
+) -> Tensor:
+    """Drown a perturbation in noise, have a model make a larger, clean picture of it, and shrink that.
+
+    The paper takes Stable Diffusion's upscaler, a model of its own; here the attacker's model denoises the enlarged
+    picture, which every attacker has.
+
+    References:
+        Adversarial Perturbations Cannot Reliably Protect Artists From Generative AI, Hoenig et al., 2024,
+        arXiv 2406.12027
+    """
+    check_pictures(x)
+    check_size(x.shape[-2], x.shape[-1], surrogate)
+    if factor < 1:
+        raise ValueError(f"expected a factor of at least 1, got {factor}; try 2")
+    height, width = x.shape[-2:]
+    larger = _resize(noise(x, surrogate, seed, sigma=sigma), factor * height, factor * width)
+    return _resize(denoise(larger, surrogate, seed + 1, strength=strength), height, width)
+
+
+@torch.no_grad()
 def gridpure(
     x: Tensor, surrogate: Surrogate, seed: int, *, t: int = 10, steps: int = 1, rounds: int = 10, gamma: float = 0.3
 ) -> Tensor:
@@ -168,6 +219,8 @@ PURIFIERS: dict[str, Purifier] = {
     "jpeg-75": partial(jpeg, quality=75),
     "jpeg-50": partial(jpeg, quality=50),
     "rescale": partial(rescale, factor=0.5),
+    "lanczos": partial(lanczos, factor=0.5),
+    "jpeg-75-half": partial(jpeg_lanczos, quality=75, factor=0.5),
     "crop-resize": partial(crop_resize, share=0.9),
     "blur": partial(blur, sigma=1),
     "median": partial(median, size=3),
@@ -176,6 +229,9 @@ PURIFIERS: dict[str, Purifier] = {
     "vae": vae_round_trip,
     "diffpure": diffpure,
     "gridpure": gridpure,
+    "denoise-05": partial(denoise, strength=0.05),
+    "denoise-15": partial(denoise, strength=0.15),
+    "noisy-upscale": noisy_upscale,
 }
 
 
@@ -194,13 +250,23 @@ def _renoise(z: Tensor, t: int, steps: int, condition: Embedding, surrogate: Sur
     """Noise latents to step t and go back in equal steps, with DDPM's noise in all but the last."""
     if not 1 <= steps <= t < TRAINED or t % steps:
         raise ValueError(f"expected t below {TRAINED} that steps divide, got t {t}, steps {steps}; try 150 and 15")
-    schedule, shares = surrogate.schedule, (torch.arange(t, -1, -(t // steps)) + 0.5) / TRAINED  # 0.5 against rounding
-    times = schedule.time(shares).to(z.device)
+    schedule = surrogate.schedule
+    times = _times(torch.arange(t, -1, -(t // steps)), schedule).to(z.device)
     z = noised(schedule, z, randn(z.shape, generator, z), times[0])
     for now, after in pairwise(times):
         output, fresh = surrogate.predict(z, now.expand(len(z)), condition), randn(z.shape, generator, z)
         clean, z = parts(schedule, z, output, now)[0], step(schedule, z, output, now, after, eta=1.0, fresh=fresh)
     return clean
+
+
+def _times(steps: Tensor, schedule: Schedule) -> Tensor:
+    """Return the times `(S,)` of training steps `(S,)` int64: on the straight path, where there is as much noise beside
+    the signal as at these steps of Stable Diffusion's training, since a share of the noising means more there.
+    """
+    if isinstance(schedule, VP):
+        return steps
+    signal, noise = VP(STABLE_DIFFUSION)(steps)
+    return noise / (signal + noise)
 
 
 def _grid(z: Tensor, surrogate: Surrogate) -> tuple[tuple[int, int], list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts, check_strength, embed_each
+from antidiffusion.attacks.base import Prompts, check_share, check_steps, embed_each, usual
 from antidiffusion.models.base import Surrogate, randn
 from antidiffusion.models.sampling import check_size, denoise, way_down
 from antidiffusion.models.schedule import noised
@@ -25,26 +25,28 @@ class SDEdit:
 
     Arguments:
         strength: Share of the noising that is undone, in (0, 1]: 0 keeps the picture, 1 forgets it.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
-        steps: Steps of the full DDIM trajectory; `strength` of them are run.
+        guidance: Scale of classifier-free guidance, 1 to turn it off; None for what is usual for the model.
+        steps: Of the whole way, None for what is usual for the model; `strength` of them are run.
     """
 
     strength: float = 0.5
-    guidance: float = 7.5
-    steps: int = 50
+    guidance: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_strength("strength", self.strength, self.steps)
+        check_steps(self.steps)
+        check_share("strength", self.strength)
 
     @torch.no_grad()
     def __call__(
         self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
         check_size(x.shape[-2], x.shape[-1], surrogate)
+        steps, guidance = usual(self.steps, self.guidance, surrogate)
         embedding = embed_each(prompts.target, len(x), surrogate)
         generator = Generator().manual_seed(seed)
-        times = way_down(surrogate, x.shape[-2], x.shape[-1], self.steps, self.strength)
+        times = way_down(surrogate, x.shape[-2], x.shape[-1], steps, self.strength)
         z = surrogate.encode(x, generator)
         z = noised(surrogate.schedule, z, randn(z.shape, generator, z), times[0])
-        z = denoise(z, times, embedding, surrogate, guidance=self.guidance, progress=progress)
+        z = denoise(z, times, embedding, surrogate, guidance=guidance, progress=progress)
         return surrogate.decode(z)

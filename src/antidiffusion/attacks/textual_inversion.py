@@ -116,10 +116,10 @@ def new_token(surrogate: Surrogate, prompt: str, word: str, initializer: str) ->
         The token as it is saved, and its embedding `(d,)` float32.
 
     Raises:
-        ValueError: If the model has two text encoders, the prompt lacks the word, or a word does not fit the tokenizer.
+        ValueError: If the model has several text encoders, the prompt lacks the word, or a word does not fit.
     """
-    if len(surrogate.text_encoders) != 1:
-        raise ValueError("expected a model with one text encoder, got two; use LoRA or DreamBooth for SDXL")
+    if (found := len(surrogate.text_encoders)) != 1:
+        raise ValueError(f"expected a model with one text encoder, got {found}; use LoRA or DreamBooth")
     tokenizer, encoder, token = surrogate.tokenizers[0], surrogate.text_encoders[0], f"<{word}>"
     start = tokenizer(initializer, add_special_tokens=False).input_ids
     if len(start) != 1:

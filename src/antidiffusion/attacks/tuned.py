@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.attacks.base import Prompts, Texts
+from antidiffusion.attacks.base import Prompts, Texts, usual
+from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
 from antidiffusion.models.memory import checkpointed
 from antidiffusion.models.sampling import check_size, sample
@@ -27,7 +28,7 @@ class Tuned:
         surrogate: The tuned model; edits that are given it inside the block are edits with the tuned model.
         losses: The loss before every step of the tuning.
         size: Height and width in pixels of the pictures it was tuned to.
-        steps, guidance: Of drawing, as the attack has them: DDIM steps and scale of classifier-free guidance.
+        steps, guidance: Of drawing, as the attack has them: steps and scale of classifier-free guidance.
         write: Saves what was tuned in a folder that exists.
     """
 
@@ -122,8 +123,8 @@ class Tuning:
         steps: Steps of AdamW.
         learning_rate: Of AdamW; None for what the attack names.
         batch_size: Pictures in a step, drawn at random without repetition; all if there are fewer.
-        guidance: Scale of classifier-free guidance in drawing; 1 turns it off.
-        sampling_steps: DDIM steps of drawing.
+        guidance: Scale of classifier-free guidance in drawing, 1 to turn it off; None for what is usual for the model.
+        sampling_steps: Steps of drawing; None for what is usual for the model.
         gradient_checkpointing: Recompute the denoiser's activations in the backward pass: less memory, more time.
     """
 
@@ -133,21 +134,22 @@ class Tuning:
     steps: int = 1000
     learning_rate: float | None = None
     batch_size: int = 1
-    guidance: float = 7.5
-    sampling_steps: int = 50
+    guidance: float | None = None
+    sampling_steps: int | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sampling_steps"):
-            at_least_one(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                at_least_one(name, getattr(self, name))
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}; None is the default")
 
     def __call__(
         self, x: Tensor, prompts: Prompts, surrogate: Surrogate, seed: int, *, progress: Progress = silent
     ) -> Tensor:
-        before = self.steps + self._steps_before
-        total = before + self.sampling_steps
+        before = self.steps + self._steps_before(surrogate)
+        total = before + self._drawing(surrogate)[0]
         targets = some_texts(prompts.target)
         sources = [prompts.source] if isinstance(prompts.source, str) else list(prompts.source)
         if len(sources) != 1:
@@ -176,7 +178,7 @@ class Tuning:
         check_size(x.shape[-2], x.shape[-1], surrogate)
         if not prompt.strip():
             raise ValueError("expected a text that the pictures are tuned to, got none; try 'a photo of sks person'")
-        generator, before = Generator().manual_seed(seed), self._steps_before
+        generator, before = Generator().manual_seed(seed), self._steps_before(surrogate)
         total, losses = before + self.steps, list[float]()
         embedding = surrogate.embed([prompt])
         with torch.no_grad():
@@ -186,17 +188,21 @@ class Tuning:
             options: Any = {"steps": self.steps, "learning_rate": learning_rate, "generator": generator}
             with checkpointed(surrogate.denoiser, self.gradient_checkpointing):
                 for value in fit(parameters, loss, **options):
+                    expect_finite(value, "the loss of the tuning")
                     losses.append(value)
                     progress("tuning", before + len(losses), total)
             size = (x.shape[-2], x.shape[-1])
-            model = Tuned(surrogate, losses, size, self.sampling_steps, self.guidance, write)
+            model = Tuned(surrogate, losses, size, *self._drawing(surrogate), write)
             try:
                 yield model
             finally:
                 model.open = False
 
-    @property
-    def _steps_before(self) -> int:
+    def _drawing(self, surrogate: Surrogate) -> tuple[int, float]:
+        """Return the steps and the scale of guidance of drawing."""
+        return usual(self.sampling_steps, self.guidance, surrogate)
+
+    def _steps_before(self, surrogate: Surrogate) -> int:
         """Steps reported before the tuning starts."""
         return 0
 

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from antidiffusion.bench.rows import CLEAN, CONTROL, FAILED_ATTACK, UNPURIFIED, Row, Unit
+from antidiffusion.bench.rows import CLEAN, CONTROL, FAILED_ATTACK, UNPURIFIED, UNTUNED, Row, Unit
 from antidiffusion.metrics.statistics import Floats, percentiles, resample
 from antidiffusion.metrics.table import PRIMARY
 
 SEED = 0
+FEWEST = 8
+"""Items of a data set below which no interval is printed: it would be too narrow to mean what it says."""
 
 T = TypeVar("T")
 
@@ -55,8 +57,10 @@ def is_control(recipe: str) -> bool:
 
 
 def by_recipe(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Group rows by recipe: the baseline first, then the control, then by name."""
-    return grouped(rows, lambda row: row.recipe, lambda name: (name != CLEAN, not is_control(name), name))
+    """Group rows by recipe: the baselines first, then the control, then by name."""
+    return grouped(
+        rows, lambda row: row.recipe, lambda name: (name != CLEAN, name != UNTUNED, not is_control(name), name)
+    )
 
 
 def by_attack(rows: Iterable[Row], attackers: bool = True) -> dict[str, list[Row]]:
@@ -92,11 +96,35 @@ def estimate(values: Mapping[Unit, float]) -> Estimate | None:
     """Return the mean over items, which are drawn anew within each data set for the interval; None without items."""
     if not values:
         return None
-    strata = tuple(dataset for dataset, _ in values)
-    interval = None
-    if len(strata) > len(set(strata)):
-        interval = percentiles(np.array(list(values.values()))[draws(strata)].mean(1))
+    drawn, interval = draws(tuple(dataset for dataset, _ in values)), None
+    if drawn is not None:
+        interval = percentiles(np.array(list(values.values()))[drawn].mean(1))
     return Estimate(fmean(values.values()), interval, len(values))
+
+
+def share(values: Mapping[Unit, float], low: Mapping[Unit, float], high: Mapping[Unit, float]) -> Estimate | None:
+    """Return where the mean lies on the way from that of `low`, 0, to that of `high`, 1, over the items of all three.
+
+    Returns:
+        The ratio of means, whose interval draws the items of all three together; None without items, or where `high` is
+        not above `low`.
+    """
+    units = [unit for unit in values if unit in low and unit in high]
+    if not units:
+        return None
+    table = np.array([[found[unit] for found in (values, low, high)] for unit in units])
+    if table[:, 2].mean() <= table[:, 1].mean():
+        return None
+
+    def ratio(means: Floats) -> Floats:
+        value, bottom, top = np.moveaxis(means, -1, 0)
+        return (value - bottom) / np.where(top > bottom, top - bottom, np.nan)
+
+    drawn, interval = draws(tuple(dataset for dataset, _ in units)), None
+    if drawn is not None:
+        resampled = ratio(table[drawn].mean(1))
+        interval = percentiles(resampled[np.isfinite(resampled)])
+    return Estimate(float(ratio(table.mean(0))), interval, len(units))
 
 
 def ranks(counts: Floats, scores: Floats) -> Floats:
@@ -124,7 +152,11 @@ def mean_rank(attacks: Sequence[Floats]) -> Floats:
     return np.nansum(stacked, 0) / np.where(present > 0, present, np.nan)
 
 
+def draws(strata: tuple[str, ...]) -> npt.NDArray[np.intp] | None:
+    """Return resamples `(R, N)` of items, whose order within a data set stays; None if one has fewer than `FEWEST`."""
+    return _draws(strata) if min(map(strata.count, set(strata))) >= FEWEST else None
+
+
 @lru_cache(maxsize=64)
-def draws(strata: tuple[str, ...]) -> npt.NDArray[np.intp]:
-    """Return the resamples `(R, N)` of items, whose order within a stratum stays."""
+def _draws(strata: tuple[str, ...]) -> npt.NDArray[np.intp]:
     return resample(strata, seed=SEED)

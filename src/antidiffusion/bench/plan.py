@@ -1,28 +1,32 @@
 """What a benchmark runs: recipes, attacks, purifiers, data sets and seeds of a TOML file, and the trials they make."""
 
+import glob
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 from antidiffusion.attacks import EDITS, TUNINGS
 from antidiffusion.attacks.base import Attack
 from antidiffusion.attacks.purify import PURIFIERS
 from antidiffusion.attacks.tuned import Tuning
-from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED
+from antidiffusion.bench.rows import CLEAN, CONTROL, DRAWING, UNPURIFIED, drawing
+from antidiffusion.bench.toml import changed, listed, names, only, table, typed
 from antidiffusion.data import defense_edit, people
 from antidiffusion.data.defense_edit import Item
 from antidiffusion.data.people import Person
 from antidiffusion.metrics.table import OPTIONAL
 from antidiffusion.pictures.budget import Linf
+from antidiffusion.pictures.picture import READABLE
 from antidiffusion.recipes import RECIPES, Recipe
 
 T = TypeVar("T")
 
+POSTERIORS = ("sample", "mean")
 ALL, HALF = "all protected", "half clean"
 DATASETS = {"defense-edit-synth": defense_edit.synthetic, "people-synth": people.synthetic}
 
@@ -66,6 +70,11 @@ class Tunings:
     other_prompt: str = "a dslr portrait of sks person"
     drawn: int = 4
 
+    @property
+    def texts(self) -> list[str]:
+        """What is drawn, one text for each picture: the tuned prompt first."""
+        return [self.prompt] * self.drawn + [self.other_prompt] * self.drawn
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -96,6 +105,8 @@ class Plan:
         purifiers: Names in `PURIFIERS` that pictures are washed with before an attack, beside none.
         purified: The attacks before which that happens.
         metrics: Models that the user has beside what ships, see `antidiffusion.metrics.table.OPTIONAL`.
+        posterior: What attackers' encoders give: a "sample" of the posterior, as scripts do, or its "mean".
+        notes: By recipe what a reader of the tables should know, for example how it differs from its paper's.
     """
 
     budget: float
@@ -108,6 +119,8 @@ class Plan:
     purifiers: tuple[str, ...] = ()
     purified: tuple[str, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
+    posterior: str = "sample"
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, dataset: Path | None = None) -> "Plan":
@@ -133,11 +146,19 @@ class Plan:
             raise ValueError(f"{path}: {error}") from error
 
     def trials(self) -> Iterator[Trial]:
-        """Yield every trial: protections first, then attacks on clean pictures, then all others."""
+        """Yield every trial: protections, what untuned models draw, attacks on clean pictures, then all others."""
         repeated = [(group, seed) for group in self._groups() for seed in self.seeds]
         for (_, dataset, item, _), seed in repeated:
             for recipe in self.recipes:
                 yield Trial("protection", dataset, item, recipe, "", "", UNPURIFIED, self.surrogate, seed)
+        if self.tunings:
+            untuned = [
+                (person, seed, by) for person in self.tunings.people for seed in self.seeds for by in self.attackers
+            ]
+            for person, seed, attacker in untuned:
+                for setting in self._floors():
+                    who = (self.tunings.dataset, person.name, CLEAN, "", setting)
+                    yield Trial("floor", *who, UNPURIFIED, attacker, seed)
         for recipes in ([CLEAN], list(self.recipes)):
             for (kind, dataset, item, attacks), seed in repeated:
                 for attack, setting in attacks:
@@ -146,6 +167,17 @@ class Plan:
                         for attacker in self.attackers:
                             for recipe in recipes:
                                 yield Trial(kind, dataset, item, recipe, attack, setting, purifier, attacker, seed)
+
+    def floor(self, trial: Trial) -> Trial:
+        """Return the trial that drew with the untuned model what a tuning attack draws, with the same settings."""
+        setting = drawing(self.settings(trial))
+        return replace(trial, kind="floor", recipe=CLEAN, attack="", setting=setting, purifier=UNPURIFIED)
+
+    def _floors(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of drawing that the tuning attacks have, by their names."""
+        attacks = self.tunings.attacks.values() if self.tunings else ()
+        found = [{name: getattr(attack, name) for name in DRAWING} for attack in attacks]
+        return {drawing({"attack": options}): options for options in found}
 
     def _groups(self) -> Iterator[tuple[str, str, str, list[tuple[str, str]]]]:
         """Yield kind, data set, name, and the attacks with their settings, of every picture and person."""
@@ -168,13 +200,31 @@ class Plan:
         """Return everything beside its names that decides a trial's result, as JSON values."""
         settings: dict[str, Any] = {}
         if trial.recipe != CLEAN:
-            settings["recipe"] = _described(self.recipes[trial.recipe])
+            recipe = self.recipes[trial.recipe]
+            settings["recipe"] = _described(recipe)
+            if isinstance(recipe, Folder):
+                settings["outside"] = [_digest(file) for file in outside(recipe, self.item(trial), missing=True)]
+        if trial.kind != "protection" and self.posterior != "sample":
+            settings["posterior"] = self.posterior
         if trial.kind == "edit" and self.edits:
             settings["attack"] = _described(self.edits.attacks[trial.attack])
-        if trial.kind == "tuning" and self.tunings:
-            settings["attack"] = _described(self.tunings.attacks[trial.attack])
+        if trial.kind in ("tuning", "floor") and self.tunings:
+            floor = self._floors().get(trial.setting, {})
+            settings["attack"] = _described(self.tunings.attacks[trial.attack]) if trial.attack else floor
             settings |= {name: getattr(self.tunings, name) for name in ("prompt", "other_prompt", "drawn")}
         return settings
+
+    def budget_of(self, trial: Trial) -> float | None:
+        """Return the budget of a trial's protection in 1/255 units; None for clean pictures."""
+        if trial.recipe == CLEAN:
+            return None
+        recipe = self.recipes[trial.recipe]
+        return self.budget if isinstance(recipe, Folder) else recipe.budget
+
+    def note(self, trial: Trial) -> dict[str, str]:
+        """Return what a protection's row says beside its settings, which changes no result."""
+        said = trial.kind == "protection" and trial.recipe in self.notes
+        return {"note": self.notes[trial.recipe]} if said else {}
 
     def key(self, trial: Trial) -> str:
         """Return what names a trial and its files: a hash of its names, its settings and its input files."""
@@ -188,9 +238,35 @@ class Plan:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@cache
 def _digest(file: Path) -> str:
+    state = file.stat()
+    return _hashed(file, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _hashed(file: Path, changed: int, size: int) -> str:
+    """Hash a file as it is now: keys ask for the same ones a thousand times."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def outside(recipe: Folder, about: Item | Person, *, missing: bool = False) -> list[Path]:
+    """Return the files of another program's protection of a picture or a person.
+
+    Raises:
+        ValueError: If there is not one for each, unless they may be `missing` still.
+    """
+    if isinstance(about, Item):
+        wanted = [(recipe.folder, Path(about.name).name)]
+    else:
+        wanted = [(recipe.folder / about.name, photo.stem) for photo in about.published]
+    files = []
+    for folder, stem in wanted:
+        found = sorted(file for file in folder.glob(f"{glob.escape(stem)}.*") if file.suffix.lower() in READABLE)
+        if len(found) != 1 and not missing:
+            got = f"{len(found)}; name it as the data set does"
+            raise ValueError(f"expected one picture {stem}.* in {folder}, got {got}")
+        files += found
+    return files
 
 
 def _described(method: Any) -> dict[str, Any]:
@@ -199,50 +275,54 @@ def _described(method: Any) -> dict[str, Any]:
 
 
 def _plan(content: dict[str, Any], base: Path) -> Plan:
-    lists = {"budget", "surrogate", "attackers", "seeds", "purifiers", "purified"}
-    _only(content, lists | {"recipes", "edits", "tunings", "metrics"}, "the plan")
-    budget, surrogate = _typed(float, content, "budget", 8), _typed(str, content, "surrogate", "mini")
+    lists = {"budget", "surrogate", "attackers", "seeds", "purifiers", "purified", "posterior"}
+    only(content, lists | {"recipes", "edits", "tunings", "metrics"}, "the plan")
+    budget, surrogate = typed(float, content, "budget", 8), typed(str, content, "surrogate", "mini")
     Linf(budget)
-    recipes = {CONTROL: {}} | _table(content, "recipes")
+    recipes = {CONTROL: {}} | table(content, "recipes")
     if CLEAN in recipes:
         raise ValueError(f"expected recipes, got {CLEAN!r}; the clean pictures are always run: leave it out")
-    edits = _edits(_table(content, "edits"), base) if "edits" in content else None
-    tunings = _tunings(_table(content, "tunings"), base) if "tunings" in content else None
+    edits = _edits(table(content, "edits"), base) if "edits" in content else None
+    tunings = _tunings(table(content, "tunings"), base) if "tunings" in content else None
     if not edits and not tunings:
         raise ValueError("expected a section [edits] or [tunings], got neither; see the plans that ship")
     if edits and tunings and edits.dataset == tunings.dataset:
         raise ValueError(f"expected two data sets, got {edits.dataset} for both; name another folder")
+    (posterior,) = names([typed(str, content, "posterior", "sample")], POSTERIORS, "posterior")
+    notes = {name: typed(str, options, "note", "") for name, options in recipes.items() if "note" in options}
     attacks = [*(edits.attacks if edits else ()), *(tunings.attacks if tunings else ())]
     return Plan(
         budget,
         surrogate,
-        _listed(str, content, "attackers", [surrogate]),
-        _listed(int, content, "seeds", [0]),
+        listed(str, content, "attackers", [surrogate]),
+        listed(int, content, "seeds", [0]),
         {name: _recipe(name, options, budget, base) for name, options in recipes.items()},
         edits,
         tunings,
-        _names(_listed(str, content, "purifiers", []), PURIFIERS, "purifiers"),
-        _names(_listed(str, content, "purified", attacks), attacks, "attacks"),
-        _metrics(_table(content, "metrics"), base),
+        names(listed(str, content, "purifiers", []), PURIFIERS, "purifiers"),
+        names(listed(str, content, "purified", attacks), attacks, "attacks"),
+        _metrics(table(content, "metrics"), base),
+        posterior,
+        notes,
     )
 
 
 def _recipe(name: str, options: dict[str, Any], budget: float, base: Path) -> Recipe | Folder:
-    options = dict(options)
+    options = {key: value for key, value in options.items() if key != "note"}
     if "folder" in options:
-        _only(options, {"folder"}, f"recipe {name!r}")
-        return Folder(base / _typed(str, options, "folder", ""))
-    (known,) = _names([options.pop("recipe", name)], RECIPES, "recipes")
-    return _changed(RECIPES[known], {"budget": budget} | options, name)
+        only(options, {"folder"}, f"recipe {name!r}")
+        return Folder(base / typed(str, options, "folder", ""))
+    (known,) = names([options.pop("recipe", name)], RECIPES, "recipes")
+    return changed(RECIPES[known], {"budget": budget} | options, name)
 
 
 def _edits(section: dict[str, Any], base: Path) -> Edits:
-    _only(section, {"dataset", "first", "items", "attacks"}, "[edits]")
-    name, root = _dataset(_typed(str, section, "dataset", "defense-edit-synth"), base)
+    only(section, {"dataset", "first", "items", "attacks"}, "[edits]")
+    name, root = _dataset(typed(str, section, "dataset", "defense-edit-synth"), base)
     items = _some(defense_edit.read(root), section, "items")
-    given = _table(section, "attacks") or {name: {} for name in EDITS}
-    _names(given, EDITS, "edits")
-    attacks = {key: _changed(EDITS[key], options, key) for key, options in given.items()}
+    given = table(section, "attacks") or {name: {} for name in EDITS}
+    names(given, EDITS, "edits")
+    attacks = {key: changed(EDITS[key], options, key) for key, options in given.items()}
     if "inpaint" in attacks and not all(item.mask for item in items):
         raise ValueError("expected a mask of every item for inpaint, got a data set without; leave inpaint out")
     return Edits(name, items, attacks)
@@ -250,20 +330,20 @@ def _edits(section: dict[str, Any], base: Path) -> Edits:
 
 def _tunings(section: dict[str, Any], base: Path) -> Tunings:
     texts = {"prompt", "other_prompt", "drawn"}
-    _only(section, {"dataset", "first", "people", "attacks", "settings"} | texts, "[tunings]")
-    name, root = _dataset(_typed(str, section, "dataset", "people-synth"), base)
+    only(section, {"dataset", "first", "people", "attacks", "settings"} | texts, "[tunings]")
+    name, root = _dataset(typed(str, section, "dataset", "people-synth"), base)
     chosen = _some(people.read(root), section, "people")
-    given = _table(section, "attacks") or {name: {} for name in TUNINGS}
-    _names(given, TUNINGS, "tunings")
-    attacks = {key: _changed(TUNINGS[key], options, key) for key, options in given.items()}
-    settings = _names(_listed(str, section, "settings", [ALL]), (ALL, HALF), "settings")
+    given = table(section, "attacks") or {name: {} for name in TUNINGS}
+    names(given, TUNINGS, "tunings")
+    attacks = {key: changed(TUNINGS[key], options, key) for key, options in given.items()}
+    settings = names(listed(str, section, "settings", [ALL]), (ALL, HALF), "settings")
     plain = Tunings(name, chosen, attacks, settings)
-    return _changed(plain, {key: section[key] for key in texts & section.keys()}, "[tunings]")
+    return changed(plain, {key: section[key] for key in texts & section.keys()}, "[tunings]")
 
 
 def _metrics(section: dict[str, Any], base: Path) -> dict[str, str]:
-    _only(section, set(OPTIONAL), "[metrics]")
-    names = {key: _typed(str, section, key, "") for key in section}
+    only(section, set(OPTIONAL), "[metrics]")
+    names = {key: typed(str, section, key, "") for key in section}
     return {key: str(base / name) if (base / name).exists() else name for key, name in names.items()}
 
 
@@ -273,55 +353,9 @@ def _dataset(name: str, base: Path) -> tuple[str, Path]:
 
 
 def _some(everything: Sequence[T], section: dict[str, Any], key: str) -> tuple[T, ...]:
-    first, count = _typed(int, section, "first", 0), _typed(int, section, key, len(everything))
+    first, count = typed(int, section, "first", 0), typed(int, section, key, len(everything))
     chosen = everything[first : first + count] if first >= 0 and count > 0 else []
     if not chosen:
         got = f"a set of {len(everything)}, first = {first} and {key} = {count}"
         raise ValueError(f"expected to choose some {key}, got {got}; lower `first` or raise `{key}`")
     return tuple(chosen)
-
-
-def _changed(method: T, options: dict[str, Any], name: str) -> T:
-    _only(options, set(vars(method)), name)
-    for each in fields(method):  # type: ignore[arg-type]
-        if each.name in options and get_origin(each.type) is not tuple:
-            _typed(each.type, options, each.name, None)
-    change: Callable[..., T] = replace
-    return change(method, **options)
-
-
-def _typed(kind: Any, content: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Return a value after making sure that it is of a plain type or a union of such; whole numbers are floats too."""
-    value = content.get(key, default)
-    kinds = get_args(kind) or (kind,)
-    if type(value) not in (*kinds, int if float in kinds else kind):
-        raise ValueError(f"expected {key} as {getattr(kind, '__name__', kind)}, got {value!r}; change it")
-    return value
-
-
-def _listed(kind: Any, content: Mapping[str, Any], key: str, default: Sequence[Any]) -> tuple[Any, ...]:
-    values = content.get(key, default)
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"expected a list of {key}, got {values!r}; put it in brackets")
-    return tuple(_typed(kind, {key: value}, key, value) for value in values)
-
-
-def _table(content: dict[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key, {})
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a table {key}, got {value!r}; write [{key}]")
-    return value
-
-
-def _names(
-    given: Sequence[str] | Mapping[str, Any], known: Mapping[str, Any] | Sequence[str], noun: str
-) -> tuple[str, ...]:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"expected {noun} of {', '.join(known)}, got {name!r}; check the spelling")
-    return tuple(given)
-
-
-def _only(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    if unknown := sorted(given.keys() - known):
-        raise ValueError(f"expected {', '.join(sorted(known))} in {where}, got {', '.join(unknown)}; leave it out")

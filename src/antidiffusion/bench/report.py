@@ -8,11 +8,11 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from antidiffusion.bench import figures, tables
-from antidiffusion.bench.estimates import named_apart
+from antidiffusion.bench import comparisons, figures, tables
+from antidiffusion.bench.estimates import FEWEST, named_apart
 from antidiffusion.bench.rows import Row, read_rows
 from antidiffusion.bench.tables import Table
-from antidiffusion.metrics.table import PRIMARY, place
+from antidiffusion.metrics.table import PRIMARY, RANKED, place
 from antidiffusion.pictures.files import atomic
 
 __all__ = ["expect_suffix", "read_rows", "render", "to_csv", "to_html", "to_markdown", "write"]
@@ -20,25 +20,37 @@ __all__ = ["expect_suffix", "read_rows", "render", "to_csv", "to_html", "to_mark
 TITLE = "Anti-Diffusion benchmark"
 LEAD = (
     "A protection raises an attacker's cost; it is no guarantee. Figures are means over items (pictures or people), "
-    "each averaged over its seeds first, with 95 % bootstrap intervals: items are drawn anew within each data set. "
-    "Over fewer than ten items the intervals are too narrow, and over one there is none. n is given where items lack "
-    "a figure. ↑ and ↓ say what is better for the protector."
+    f"each averaged over its seeds first, with 95 % bootstrap intervals where a data set has at least {FEWEST} items, "
+    "which are drawn anew within it. n counts items; it is given in a cell where some lack a "
+    "figure. ↑ and ↓ say what is better for the protector."
 )
 SECTIONS = {
     "Protection": (
         tables.protection,
-        "Measured on the written files; linf in 1/255. peak_memory_mb is the process's so far and ranks nothing.",
+        "Measured on the written files; linf in 1/255; delta_e is S-CIELAB's difference at 40 pixels a degree, mean "
+        "and percentiles, of which 2.3 is just noticed. peak_memory_mb is the process's so far and ranks nothing.",
     ),
+    "Lengths": (comparisons.lengths, "Recipes that ran shorter than their papers or released code have them."),
     "Attacks": (
         tables.attacks,
         "All rows without purifier, also those whose attack fails on the clean picture. "
-        "Clean is the attack's baseline, random-sign the control; bold is the best protection.",
+        "Clean is the attack's baseline, untuned what the model draws without tuning, random-sign the control; bold is "
+        "the best protection. ssim_autoencoder is what encoding and decoding alone make of the protected picture, "
+        "beside the clean one's: the part of the difference that no edit made. An edit obeys that does what was asked, "
+        "to the same person, and leaves the rest alone.",
     ),
     "Ranking": (
         tables.ranking,
-        f"By {PRIMARY['edit']} for edits and {PRIMARY['tuning']} for tuning, without purifier, where the attacker has "
-        "the protector's model. The mean rank's interval comes from the same resamples of items for all recipes.",
+        f"Whether the result differs, by {' and '.join(PRIMARY.values())}; and whether edits still do what was asked, "
+        f"by {RANKED['edit'][1]}. Without purifier, where the attacker has the protector's model. The mean rank's "
+        "interval comes from the same resamples of items for all recipes.",
     ),
+    "Equal visibility": (
+        comparisons.equal_visibility,
+        "One L-infinity budget is not one visibility: recipes that were run at several budgets, where all are as "
+        "visible as the control.",
+    ),
+    "As papers print it": (comparisons.as_papers, "Tuning to people by an attacker with the protector's model."),
     "Purifiers": (
         tables.purifiers,
         "What the attacker washes pictures with first. Rows of attacks that fail on the clean picture are left out.",

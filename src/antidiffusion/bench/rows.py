@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -11,9 +12,11 @@ from typing import Any, NoReturn, get_origin
 ROWS, PICTURES = "rows.jsonl", "pictures"
 """In the folder of a run."""
 
-KINDS = ("protection", "edit", "tuning")
-CLEAN, CONTROL, UNPURIFIED = "clean", "random-sign", "none"
+KINDS = ("protection", "floor", "edit", "tuning")
+CLEAN, UNTUNED, CONTROL, UNPURIFIED = "clean", "untuned", "random-sign", "none"
 FAILED_ATTACK = "clean attack failed"
+DRAWING = ("sampling_steps", "guidance")
+"""The settings of a tuning attack that decide what the untuned model draws."""
 
 Unit = tuple[str, str]
 """Data set and name of a picture or person; what different rows say of one unit is not independent."""
@@ -25,7 +28,7 @@ class Row:
 
     Arguments:
         key: Its name; no other row has it.
-        kind: What was measured: "protection", "edit" or "tuning".
+        kind: What was measured: "protection", "edit", "tuning", or "floor", what the untuned model draws.
         dataset, item: Of which picture or person.
         category: Of the edit.
         recipe: The protection, or "clean".
@@ -82,6 +85,13 @@ class Row:
     def figures(self) -> dict[str, float | None]:
         """The metrics and the cost."""
         return self.metrics | {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+
+
+def drawing(settings: Mapping[str, Any]) -> str:
+    """Name how a tuning attack draws, from its row's settings: the setting of the floor that it is compared with."""
+    steps, guidance = (settings["attack"].get(name) for name in DRAWING)
+    usual = "usual" if guidance is None else f"{guidance:g}"
+    return f"{'usual' if steps is None else steps} steps, {usual} guidance"
 
 
 def read_rows(path: Path) -> list[Row]:

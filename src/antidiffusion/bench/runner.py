@@ -3,28 +3,32 @@
 import json
 import multiprocessing
 import os
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from antidiffusion.bench import rows as written
+from antidiffusion.bench.instruments import Instruments
 from antidiffusion.bench.plan import Plan, Trial
 from antidiffusion.bench.rows import CLEAN, PICTURES, ROWS, Row
 from antidiffusion.bench.trials import Laboratory, Task, protection
-from antidiffusion.metrics.identity import face_models
+from antidiffusion.failures import FAILURES, sentence
 from antidiffusion.models.base import Surrogate
+from antidiffusion.process import end_with_parent
 
-FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
+DIED = (
+    "expected a row, got a worker process that died, as when memory runs out; run the same command again, with fewer "
+    "--jobs if it happens again"
+)
+DEATHS = 3  # pools in a row that die before they have finished anything
 
 Load = Callable[[str], Surrogate]
 
@@ -50,12 +54,10 @@ def run(plan: Plan, folder: Path, load: Load, *, jobs: int = 1) -> Iterator[Done
         jobs: Processes. Each loads the models.
 
     Raises:
-        ValueError: If the folder has rows of another plan, another run is using it, or faces cannot be measured.
+        ValueError: If the folder has rows of another plan, another run is using it, a metric cannot be measured here,
+            or worker processes die as often as they start.
     """
-    try:
-        face_models()  # better now than after the protections
-    except ModuleNotFoundError as error:
-        raise ValueError(str(error)) from error
+    Instruments(plan.metrics).check()
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -114,7 +116,7 @@ def _run(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Done]:
                         row = future.result()
                     except FAILURES as error:
                         failed.add(key)
-                        yield Done(trials[key], error=str(error) or type(error).__name__)
+                        yield Done(trials[key], error=DIED if isinstance(error, BrokenExecutor) else sentence(error))
                         continue
                     _check_model(row, models)
                     file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
@@ -126,7 +128,9 @@ def _run(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Done]:
 
 def needs(trial: Trial, plan: Plan) -> list[Trial]:
     """Return the trials whose pictures a trial reads."""
-    if trial.kind == "protection" or trial.recipe == CLEAN:
+    if trial.recipe == CLEAN:
+        return [plan.floor(trial)] if trial.kind == "tuning" else []
+    if trial.kind == "protection":
         return []
     return [protection(trial, plan), replace(trial, recipe=CLEAN)]
 
@@ -135,7 +139,7 @@ def _waves(trials: Mapping[str, Trial], rows: Mapping[str, Row]) -> Iterator[deq
     """Yield the keys of the trials without a row, those that need others in a later wave."""
 
     def wave(pair: tuple[str, Trial]) -> tuple[bool, bool]:
-        return pair[1].kind == "protection", pair[1].recipe == CLEAN
+        return pair[1].kind in ("protection", "floor"), pair[1].recipe == CLEAN
 
     for _, group in groupby(trials.items(), key=wave):
         yield deque(key for key, _ in group if key not in rows)
@@ -170,22 +174,37 @@ def _workers(plan: Plan, folder: Path, load: Load, jobs: int) -> Iterator[Callab
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, context, _begin, (plan, folder, load, threads))
+    pools, finished = [ProcessPoolExecutor(jobs, context, _begin, (plan, folder, load, threads))], [0]
+
+    def count(future: Future[Row]) -> None:
+        finished[-1] += not future.cancelled() and future.exception() is None
+
+    def submit(task: Task) -> Future[Row]:
+        try:
+            future = pools[-1].submit(_perform, task)
+        except BrokenExecutor:  # an executor that lost a process takes no more work
+            if len(finished) >= DEATHS and not any(finished[-DEATHS:]):
+                raise ValueError(f"{DIED}; it was tried {DEATHS} times") from None
+            pools.append(ProcessPoolExecutor(jobs, context, _begin, (plan, folder, load, threads)))
+            finished.append(0)
+            future = pools[-1].submit(_perform, task)
+        future.add_done_callback(count)
+        return future
+
     try:
-        yield lambda task: pool.submit(_perform, task)
+        yield submit
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
 _laboratory: Laboratory
 
 
 def _begin(plan: Plan, folder: Path, load: Load, threads: int) -> None:
-    """Prepare a process, and end it when its parent is killed: an executor's processes would wait for ever."""
+    """Prepare a process."""
     global _laboratory
-    parent = multiprocessing.parent_process()
-    assert parent
-    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     warnings.simplefilter("once")  # each trial would repeat that its prompt was cut
     _laboratory = Laboratory(plan, folder, load)

@@ -19,12 +19,13 @@ from antidiffusion.bench.estimates import (
     mean_rank,
     per_item,
     ranks,
+    share,
     sound,
     unpurified,
 )
-from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED, Row, Unit
+from antidiffusion.bench.rows import CLEAN, CONTROL, UNPURIFIED, UNTUNED, Row, Unit, drawing
 from antidiffusion.metrics.statistics import Floats, percentiles
-from antidiffusion.metrics.table import PRIMARY, heading, known, place
+from antidiffusion.metrics.table import ARROWS, PRIMARY, RANKED, heading, known, place
 
 NOTHING = "—"
 ROWS_NAMED = 12
@@ -82,46 +83,86 @@ def protection(rows: Sequence[Row]) -> list[Table]:
 
 
 def attacks(rows: Sequence[Row]) -> list[Table]:
-    """Say what each attack makes of each recipe's pictures, without purifier, and how that differs from the control."""
+    """Say what each attack makes of each recipe's pictures, without purifier, and how that differs from the control.
+
+    Tuning stands beside what the untuned model draws, where that was measured.
+    """
     tables = []
     for title, group in by_attack(unpurified(rows)).items():
-        table, primary = _metrics_table(title, group), PRIMARY[group[0].kind]
-        lines = tuple((*line, Cell(_difference(group, line[0].text, primary))) for line in table.lines)
-        tables.append(replace(table, columns=(*table.columns, f"{primary}, difference to {CONTROL}"), lines=lines))
+        primary, floor = PRIMARY[group[0].kind], _floor(rows, group)
+        table = _metrics_table(title, [*floor, *group])
+        lines = [(*line, Cell(_difference(group, line[0].text, primary))) for line in table.lines]
+        columns = [*table.columns, f"{primary}, difference to {CONTROL}"]
+        if floor:
+            columns.append(f"{primary}, share of the way from {UNTUNED} to {CLEAN}{ARROWS[known(primary).better]}")
+            lines = [(*line, Cell(_way(group, floor, line[0].text, primary))) for line in lines]
+        tables.append(replace(table, columns=tuple(columns), lines=tuple(lines)))
     return tables
 
 
+def _floor(rows: Sequence[Row], group: Sequence[Row]) -> list[Row]:
+    """Return the rows of what the untuned models of a group's attackers draw with its settings."""
+    untuned = [row for row in rows if row.kind == "floor"]
+    if not untuned:
+        return []
+    drawn = {(row.attacker, drawing(row.settings)) for row in group if row.kind == "tuning"}
+    return [replace(row, recipe=UNTUNED) for row in untuned if (row.attacker, row.setting) in drawn]
+
+
+def _way(rows: Sequence[Row], floor: Sequence[Row], recipe: str, metric: str) -> str:
+    """Return how far a recipe leaves the attack between what it draws untuned and unprotected, in per cent."""
+    if recipe in (CLEAN, UNTUNED):
+        return ""
+    own, clean = ([row for row in rows if row.recipe == name] for name in (recipe, CLEAN))
+    found = share(*(per_item(some, metric) for some in (own, floor, clean)))
+    if found is None:
+        return NOTHING
+    ends = None if found.interval is None else (100 * found.interval[0], 100 * found.interval[1])
+    return text_of(Estimate(100 * found.mean, ends, found.count), 0, len({row.unit for row in own})) + " %"
+
+
 def ranking(rows: Sequence[Row]) -> list[Table]:
-    """Rank the recipes by the primary metric's mean in every attack by the protector's model, without purifier.
+    """Rank the recipes in every attack by the protector's model, without purifier: by each figure of `RANKED` in turn.
 
     The interval of the mean rank comes from resamples of the items, the same for all recipes and attacks.
     """
-    candidates = [row for row in unpurified(rows) if row.own and row.kind in PRIMARY and row.recipe != CLEAN]
-    kept = [row for row in sound(candidates) if row.figures.get(PRIMARY[row.kind]) is not None]
+    tables = []
+    for turn in range(max(map(len, RANKED.values()))):
+        metrics = {kind: names[turn] for kind, names in RANKED.items() if turn < len(names)}
+        tables += _ranks(rows, metrics)
+    return tables
+
+
+def _ranks(rows: Sequence[Row], metrics: Mapping[str, str]) -> list[Table]:
+    """Rank by a figure for each kind of attack."""
+    candidates = [row for row in unpurified(rows) if row.own and row.kind in metrics and row.recipe != CLEAN]
+    kept = [row for row in sound(candidates) if row.figures.get(metrics[row.kind]) is not None]
     if not kept:
         return []
     recipes, groups, units = list(by_recipe(kept)), by_attack(kept), sorted({row.unit for row in kept})
-    scores = [_scores(group, recipes, units) for group in groups.values()]
+    scores = [_scores(group, metrics[group[0].kind], recipes, units) for group in groups.values()]
     once = [ranks(np.ones((1, len(units))), score) for score in scores]
     mean = mean_rank(once)[0]
-    strata = tuple(dataset for dataset, _ in units)
-    drawn = None
-    if len(strata) > len(set(strata)):
-        counts = np.array([np.bincount(draw, minlength=len(units)) for draw in draws(strata)], dtype=np.float64)
+    resampled, drawn = draws(tuple(dataset for dataset, _ in units)), None
+    if resampled is not None:
+        counts = np.array([np.bincount(draw, minlength=len(units)) for draw in resampled], dtype=np.float64)
         drawn = mean_rank([ranks(counts, score) for score in scores])
     lines = []
     for k in sorted(range(len(recipes)), key=lambda k: (mean[k], recipes[k])):
         own = [float(rank[0, k]) for rank in once]
         interval = None if drawn is None else percentiles(drawn[np.isfinite(drawn[:, k]), k])
         took_part = sum(np.isfinite(own))
-        text = _text(Estimate(float(mean[k]), interval, 0), 2)
+        text = text_of(Estimate(float(mean[k]), interval, 0), 2)
         text += f", {took_part} of {len(own)} attacks" if took_part < len(own) else ""
         cells = [_rank(rank, np.isfinite(score), k) for rank, score in zip(own, scores, strict=True)]
         lines.append((Cell(recipes[k]), Cell(text, mean[k] == np.nanmin(mean)), *cells))
     left_out = len(candidates) - len(sound(candidates))
-    note = f"1 is best for the protector; {_items(kept)}."
+    note = "1 is best for the protector."
     note += f" {_count(left_out, 'row')} left out because the attack fails on the clean picture already."
-    return [Table("Ranks", ("recipe", "mean rank", *groups), tuple(lines), note)]
+    by = " and ".join(name for kind, name in metrics.items() if any(row.kind == kind for row in kept))
+    title = f"By {by}, {count_of(kept)}"
+    columns = (f"{name}, n = {len({row.unit for row in group})}" for name, group in groups.items())
+    return [Table(title, ("recipe", "mean rank", *columns), tuple(lines), note)]
 
 
 def purifiers(rows: Sequence[Row]) -> list[Table]:
@@ -146,7 +187,7 @@ def purifiers(rows: Sequence[Row]) -> list[Table]:
                 lines.append((Cell(recipe), *summary, *(shade(washed.get(name)) for name in names)))
         columns = ("recipe", UNPURIFIED, "mean of purifiers", "worst of purifiers", *names)
         if names and lines:
-            tables.append(Table(f"{title}: {heading(metric)}", columns, tuple(lines), f"{_items(group)}."))
+            tables.append(Table(f"{title}: {heading(metric)}, {count_of(group)}", columns, tuple(lines)))
     return tables
 
 
@@ -161,9 +202,9 @@ def transfer(rows: Sequence[Row]) -> list[Table]:
         for recipe, own in by_recipe(group).items():
             found = [_of([row for row in own if row.attacker == attacker], metric) for attacker in attackers]
             if any(found):
-                lines.append((Cell(recipe), *(Cell(_text(value, 3, items)) for value in found)))
+                lines.append((Cell(recipe), *(Cell(text_of(value, 3, items)) for value in found)))
         columns = ("recipe", *(f"by {attacker}" for attacker in attackers))
-        tables.append(Table(f"{title}: {heading(metric)}", columns, tuple(lines), f"{_items(group)}."))
+        tables.append(Table(f"{title}: {heading(metric)}, {count_of(group)}", columns, tuple(lines)))
     return tables
 
 
@@ -183,34 +224,33 @@ def _metrics_table(title: str, rows: Sequence[Row], more: Sequence[str] = ()) ->
     columns = []
     for metric in metrics:
         found = {recipe: _of(own, metric) for recipe, own in recipes.items()}
-        texts = {recipe: _text(value, known(metric).digits, items) for recipe, value in found.items()}
+        texts = {recipe: text_of(value, known(metric).digits, items) for recipe, value in found.items()}
         values = {recipe: value.mean for recipe, value in found.items() if value}
         if known(metric).largest:
             values = {recipe: max(per_item(own, metric).values()) for recipe, own in recipes.items() if found[recipe]}
             texts |= {recipe: f"{value:g}" for recipe, value in values.items()}
-        best = _best({recipe: value for recipe, value in values.items() if recipe != CLEAN}, metric)
+        best = _best({recipe: value for recipe, value in values.items() if recipe not in (CLEAN, UNTUNED)}, metric)
         columns.append([Cell(texts[recipe], recipe in best) for recipe in recipes])
     lines = tuple((Cell(recipe), *(column[i] for column in columns)) for i, recipe in enumerate(recipes))
-    return Table(title, ("recipe", *map(heading, metrics)), lines, f"{_items(rows)}.")
+    return Table(f"{title}, {count_of(rows)}", ("recipe", *map(heading, metrics)), lines)
 
 
 def _difference(rows: Sequence[Row], recipe: str, metric: str) -> str:
     """Return the mean difference to the control over the items that both have, in words if it is for the worse."""
-    if recipe == CLEAN or is_control(recipe):
+    if recipe in (CLEAN, UNTUNED) or is_control(recipe):
         return ""
     made = [row for row in rows if row.recipe == recipe]
     how = {(row.surrogate, row.budget) for row in made}
     own = per_item(made, metric)
     control = per_item((row for row in rows if is_control(row.recipe) and (row.surrogate, row.budget) in how), metric)
     found = estimate({unit: value - control[unit] for unit, value in own.items() if unit in control})
-    text = _text(found, 3, max(len(own), len(control)), sign="+")
+    text = text_of(found, 3, max(len(own), len(control)), sign="+")
     worse = found and found.interval and max(known(metric).better * end for end in found.interval) < 0
     return f"{text} worse than {CONTROL}" if worse else text
 
 
-def _scores(rows: Sequence[Row], recipes: Sequence[str], units: Sequence[Unit]) -> Floats:
-    """Return the primary metric `(units, recipes)`, less for the better, NaN where there is none."""
-    metric = PRIMARY[rows[0].kind]
+def _scores(rows: Sequence[Row], metric: str, recipes: Sequence[str], units: Sequence[Unit]) -> Floats:
+    """Return a figure `(units, recipes)`, less for the better, NaN where there is none."""
     scores = np.full((len(units), len(recipes)), np.nan)
     for recipe, own in by_recipe(rows).items():
         for unit, value in per_item(own, metric).items():
@@ -249,7 +289,7 @@ def _of(rows: Iterable[Row], metric: str) -> Estimate | None:
     return estimate(per_item(rows, metric))
 
 
-def _text(found: Estimate | None, digits: int, items: int = 0, sign: str = "") -> str:
+def text_of(found: Estimate | None, digits: int, items: int = 0, sign: str = "") -> str:
     """Write an estimate, with the number of its items if there should be more."""
     if found is None:
         return NOTHING
@@ -270,9 +310,10 @@ def _best(values: Mapping[str, float], metric: str) -> set[str]:
     )
 
 
-def _items(rows: Sequence[Row]) -> str:
+def count_of(rows: Sequence[Row]) -> str:
+    """Say on how many items and seeds figures rest."""
     items, seeds = len({row.unit for row in rows}), len({row.seed for row in rows})
-    return f"{_count(items, 'item')}, {_count(seeds, 'seed')}"
+    return f"n = {items}, {_count(seeds, 'seed')}"
 
 
 def _count(number: int, name: str) -> str:

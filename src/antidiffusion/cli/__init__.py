@@ -5,6 +5,7 @@ from io import TextIOWrapper
 
 from antidiffusion.cli import attacking, benchmarking, protecting, reporting
 from antidiffusion.cli.shared import app
+from antidiffusion.process import stop_as_by_ctrl_c
 
 __all__ = ["app", "attacking", "benchmarking", "main", "protecting", "reporting"]
 
@@ -14,4 +15,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text in the terminal's encoding
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    stop_as_by_ctrl_c()
     app()

@@ -9,6 +9,7 @@ import typer
 
 from antidiffusion.cli import shared
 from antidiffusion.cli.shared import MAX_SEED, DType, app, progress_bar, usage, with_options
+from antidiffusion.failures import expect_finite
 from antidiffusion.progress import Progress
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="PNG file; several pictures stand side by side.")]
@@ -28,8 +29,14 @@ def sample(
     output: Output,
     model: Model = "mini",
     model_config: ModelConfig = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 5,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Default: 25, or fewer where a model needs fewer."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale of guidance. Default: 5, or less where a model takes less."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Precision = DType.auto,
@@ -43,7 +50,8 @@ def sample(
 
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype)
         with _reporting("drawing") as progress:
-            options: dict[str, Any] = {"steps": steps, "guidance": guidance, "progress": progress}
+            scale = min(5, surrogate.guidance) if guidance is None else guidance
+            options: dict[str, Any] = {"steps": steps, "guidance": scale, "progress": progress}
             x = sampled(prompts, surrogate, Generator().manual_seed(seed), **options)
         _write(x, output, overwrite)
     print(output)
@@ -59,7 +67,7 @@ def edit(
     mask: Annotated[Path | None, typer.Option(help="Picture of the same size, white where inpaint redraws.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the noising, in (0, 1].")] = None,
     guidance: Guidance = None,
-    steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the whole way. Default: the model's usual number.")] = None,
     model: Model = "mini",
     model_config: ModelConfig = None,
     seed: Seed = 0,
@@ -134,7 +142,8 @@ def attack(
 
         from antidiffusion.attacks import TUNINGS
         from antidiffusion.attacks.pictures import squared
-        from antidiffusion.batch import expect_new, pictures_in
+        from antidiffusion.folders import pictures_in
+        from antidiffusion.pictures.files import expect_new
         from antidiffusion.pictures.picture import Picture
 
         options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
@@ -142,8 +151,12 @@ def attack(
         options |= {"--class-pictures": class_pictures, "--placeholder": placeholder}
         options |= {"--gradient-checkpointing": gradient_checkpointing or low_memory or None}
         chosen = _choose(TUNINGS, method, options)
-        files = [file for path in pictures for file in pictures_in(path)]
-        originals = [Picture.read(file) for file in files]
+        originals = []
+        for path in pictures:
+            files, left = pictures_in(path)
+            originals += [Picture.read(file) for file in files]
+            for other in left:
+                shared.say(f"left out: {other.path}: {other.reason}; {other.remedy}", style="yellow")
         if save is not None:
             expect_new(save, overwrite=overwrite)
         loading = {"full_tuning": chosen.full_tuning, "low_memory": low_memory}
@@ -155,6 +168,7 @@ def attack(
             chosen.tuned(x, prompt, surrogate, seed, progress=progress) as tuned,
         ):
             drawn = tuned.sample(draw or [prompt], seed, progress=progress)
+            expect_finite(drawn, "the picture that the tuned model drew")
             if save is not None:
                 tuned.save(save)
         _write(drawn, output, overwrite)
@@ -191,9 +205,10 @@ def _prepare(
     **loading: bool,
 ) -> Any:
     """Check that the output can be written before the work begins, then load the model."""
-    from antidiffusion.batch import expect_new, lossless, make_writable
+    from antidiffusion.folders import expect_suffix, make_writable
+    from antidiffusion.pictures.files import expect_new
 
-    expect_new(lossless(output), overwrite=overwrite)
+    expect_new(expect_suffix(output), overwrite=overwrite)
     make_writable(output.parent)
     return shared.load_surrogate(model, config, device, dtype, **loading)
 
@@ -202,4 +217,5 @@ def _write(x: Any, output: Path, overwrite: bool) -> None:
     """Write pictures `(B, 3, H, W)` in [0, 1] side by side."""
     from antidiffusion.pictures.tensors import to_picture
 
+    expect_finite(x, "the picture that the model drew")
     to_picture(x).write(output, overwrite=overwrite)

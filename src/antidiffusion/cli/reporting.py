@@ -21,8 +21,9 @@ def report(
 ) -> None:
     """Turn a benchmark's rows into one page with tables, plots and pictures, into Markdown, or into CSV."""
     with usage():
-        from antidiffusion.batch import expect_new, make_writable
         from antidiffusion.bench.report import expect_suffix, read_rows, render, write
+        from antidiffusion.folders import make_writable
+        from antidiffusion.pictures.files import expect_new
 
         for output in outputs:
             expect_suffix(output)

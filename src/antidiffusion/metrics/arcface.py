@@ -36,6 +36,8 @@ class ArcFace(Faces):
         ValueError: If there is no such file, or its input is another one.
     """
 
+    same = 1.2  # a cosine of 0.28, from which on InsightFace's demonstration says that two faces are one person's
+
     def __init__(self, weights: Path) -> None:
         super().__init__()
         if importlib.util.find_spec("onnxruntime") is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from antidiffusion.pictures.tensors import check_pictures
 
 WEIGHTS = Path(str(resources.files("antidiffusion"))) / "mini" / "attributes.safetensors"
+SIDE = 128  # pixels of the portraits that it was trained on
 COLOURS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
 CLASSES: dict[str, tuple[str, ...]] = {
     "hair": ("none", "black", "blond", "brown", "grey", "red", "white"),
@@ -32,7 +33,7 @@ class Attributes(nn.Module):
     """Say of every attribute in `CLASSES` which class pictures show.
 
     Trained on synthetic portraits of 128 x 128 pixels, flipped, blurred and grained, and on nothing else: of a photo it
-    says something too, which means nothing. It takes any size, and pictures of another one are best scaled to 128.
+    says something too, which means nothing. Pictures of any size are judged at that scale: the shorter side at 128.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,10 @@ class Attributes(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features `(B, 512)` under the heads, for distances between sets; x as `classify` takes it."""
+        factor = SIDE / min(x.shape[-2:])
+        if factor != 1:
+            size = [round(factor * side) for side in x.shape[-2:]]
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
         return self.top(self.body(2 * x - 1))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -57,7 +62,7 @@ class Attributes(nn.Module):
         """Return the most likely class of every attribute, for each picture.
 
         Arguments:
-            x: Pictures `(B, 3, H, W)` float32 in [0, 1] of any size; the network has learnt 128 x 128.
+            x: Pictures `(B, 3, H, W)` float32 in [0, 1] of any size.
 
         Raises:
             ValueError: If these are no pictures in [0, 1].

@@ -9,7 +9,7 @@ References:
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,11 +42,15 @@ def face_models() -> Path:
 class Faces:
     """Embed the largest face of each picture, found by dlib's frontal detector; subclasses say how.
 
+    `same` is the distance of two embeddings below which the authors of the network speak of one person.
+
     The landmarks are the 5-point model's: the 68-point one may not be used commercially.
 
     Raises:
         ModuleNotFoundError: If dlib or its models are not installed.
     """
+
+    same: ClassVar[float]
 
     def __init__(self) -> None:
         self._models = face_models()
@@ -93,6 +97,8 @@ class DlibFaces(Faces):
     Raises:
         ModuleNotFoundError: If dlib or its models are not installed.
     """
+
+    same = 0.6
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,15 +156,41 @@ def likeness(embeddings: Embeddings, reference_embeddings: Embeddings, *, cosine
 
     With `cosine`, for embeddings of length 1 such as ArcFace's, it is the similarity of `ism` instead. A picture
     without a face, or whose figure is negative, counts 0. So it falls both when faces vanish and when they become
-    somebody else's, which `fdfr` and `ism` say apart: benchmarks rank by it. Ours, of no paper.
+    somebody else's, which `fdfr` and `likeness_of_faces` say apart: benchmarks rank by it. Ours, of no paper.
 
     Arguments and errors are `fdfr`'s and `ism`'s.
     """
-    failed, (faces, reference) = fdfr(embeddings), _found(embeddings, reference_embeddings)
+    failed = fdfr(embeddings)
+    return (1 - failed) * (likeness_of_faces(embeddings, reference_embeddings, cosine=cosine) or 0.0)
+
+
+def likeness_of_faces(
+    embeddings: Embeddings, reference_embeddings: Embeddings, *, cosine: bool = False
+) -> float | None:
+    """Return `likeness` over the pictures that show a face, or None if none does."""
+    faces, reference = _found(embeddings, reference_embeddings)
     if not len(faces):
-        return 0.0
+        return None
     apart = 1 - torch.cosine_similarity(faces, reference, dim=-1) if cosine else (faces - reference).norm(dim=-1)
-    return (1 - failed) * float((1 - apart).clamp(min=0).mean())
+    return float((1 - apart).clamp(min=0).mean())
+
+
+def margin(embeddings: Embeddings, reference_embeddings: Embeddings, strangers: Sequence[Embeddings]) -> float | None:
+    """Return how much nearer faces are to the person than to strangers: clearer faces come nearer to everybody.
+
+    Arguments:
+        embeddings, reference_embeddings: As for `distance`.
+        strangers: Of other people's photos, one entry for each of them.
+
+    Returns:
+        Mean distance to the strangers less that to the person, or None if no picture shows a face or there is nobody.
+
+    Raises:
+        ValueError: If no reference of somebody shows a face.
+    """
+    near = distance(embeddings, reference_embeddings)
+    far = [apart for other in strangers if (apart := distance(embeddings, other)) is not None]
+    return None if near is None or not far else sum(far) / len(far) - near
 
 
 def _found(embeddings: Embeddings, reference_embeddings: Embeddings) -> tuple[Tensor, Tensor]:

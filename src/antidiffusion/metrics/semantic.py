@@ -66,10 +66,18 @@ class ClipScore:
             )
         warn_of_cuts(texts, self._tokenizer)
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self._model.device)
-        pixels = prepare(x.to(self._model.device), self._model.config.vision_config.image_size)
-        output = self._model(**tokens, pixel_values=pixels)
+        output = self._model(**tokens, pixel_values=self._prepared(x))
         cosine = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
         return 100 * cosine.clamp(min=0)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the model's vision tower says of pictures `(B, 3, H, W)` in [0, 1], `(B, d)` float32."""
+        check_pictures(x)
+        return self._model.vision_model(pixel_values=self._prepared(x)).pooler_output.float().cpu()
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return prepare(x.to(self._model.device), self._model.config.vision_config.image_size)
 
 
 def prepare(x: Tensor, size: int) -> Tensor:

@@ -45,30 +45,41 @@ METRICS: dict[str, Metric] = {
     "linf": Metric(-1, 0, largest=True),
     "psnr": Metric(1, 1, axis="PSNR in dB"),
     "ssim": Metric(1),
+    "delta_e": Metric(-1, 2, axis="visibility: S-CIELAB, mean"),
+    "delta_e_95": Metric(-1, 2),
+    "delta_e_99": Metric(-1, 2),
     "lpips": Metric(-1, backend="lpips"),
     "loss_ratio": Metric(1, device="model"),
     # of an edit
     "ssim_to_clean": Metric(-1, ranks="edit"),
+    "ssim_autoencoder": Metric(-1, device="model"),  # the part of the former that encoding and decoding alone make
     "psnr_to_clean": Metric(-1, 1),
     "lpips_to_clean": Metric(1, backend="lpips"),
+    "obeys": Metric(-1, backend="attributes", ranks="edit"),
     "success": Metric(-1, backend="attributes"),
+    "kept_outside": Metric(-1),
     "clip_score": Metric(-1, backend="clip"),
     "face_lost": Metric(1, backend="faces"),
     "face_distance": Metric(1, backend="faces"),
     # of drawings with a tuned model
-    "fdfr": Metric(1, backend="faces"),
-    "ism": Metric(-1, backend="faces"),
     "likeness": Metric(-1, backend="faces", ranks="tuning"),
+    "fdfr": Metric(1, backend="faces"),
+    "likeness_of_faces": Metric(-1, backend="faces"),
+    "ism": Metric(-1, backend="faces"),
     "distance": Metric(1, backend="faces"),
-    "distance_untuned": Metric(backend="faces", device="model"),
+    "margin": Metric(-1, backend="faces"),
+    "kid": Metric(1, backend="clip"),
     # what it cost
     "seconds": Metric(-1, 1, axis="seconds to protect an item"),
     "peak_memory_mb": Metric(0, 0),  # the process's so far, which says nothing of a recipe
 }
 """By name, in the order of the columns."""
 
-PRIMARY = {kind: next(name for name, metric in METRICS.items() if metric.ranks == kind) for kind in ("edit", "tuning")}
-"""By kind of attack the figure that recipes are ranked by first, and that purifiers and transfer are judged by."""
+RANKED = {kind: [name for name, metric in METRICS.items() if metric.ranks == kind] for kind in ("edit", "tuning")}
+"""By kind of attack the figures that recipes are ranked by."""
+
+PRIMARY = {kind: names[0] for kind, names in RANKED.items()}
+"""The first of them, that purifiers and transfer are judged by too: whether the result differs."""
 
 AXES = {name: metric.axis for name, metric in METRICS.items() if metric.axis}
 

@@ -142,7 +142,7 @@ class Watched:
 
 @contextmanager
 def watched(surrogate: Surrogate, layers: Collection[str], attend: Attend) -> Iterator[None]:
-    """Let layers mix their values otherwise inside the block; blocks can be nested.
+    """Let layers mix their values otherwise inside the block; in nested blocks the innermost says how.
 
     Arguments:
         surrogate: The model.
@@ -159,7 +159,8 @@ def watched(surrogate: Surrogate, layers: Collection[str], attend: Attend) -> It
         return lambda total: surrogate.places(layer, text, total)
 
     before = denoiser.attn_processors
-    after = {name: Watched(own, attend, placed(name)) if name in layers else own for name, own in before.items()}
+    inner = {name: own.stock if isinstance(own, Watched) else own for name, own in before.items()}
+    after = before | {name: Watched(inner[name], attend, placed(name)) for name in layers}
     hook = denoiser.register_forward_pre_hook(told, with_kwargs=True)
     denoiser.set_attn_processor(after)
     try:

@@ -33,7 +33,7 @@ class Flux(JointTransformer):
         return self.tokenizers[1], T5_TOKENS - 1
 
     def embed_with_gradient(self, prompts: Sequence[str]) -> Embedding:
-        """Embed prompts `(B)`: T5's tokens, CLIP's pooled vector, and the guidance that diffusers' scripts tune with."""
+        """Embed prompts `(B)`: T5's tokens, CLIP's pooled vector, and the guidance that stock scripts tune with."""
         (clip_tokenizer, t5_tokenizer), (clip, t5) = self.tokenizers, self.text_encoders
         pooled = clip(token_ids(clip_tokenizer, prompts).to(self.device)).pooler_output.float()
         tokens = t5(token_ids(t5_tokenizer, prompts, T5_TOKENS).to(self.device))[0].float()

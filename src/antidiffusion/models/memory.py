@@ -3,7 +3,7 @@
 import errno
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from antidiffusion.models.base import Surrogate
+from antidiffusion.models.latents import LatentSpaces
+from antidiffusion.models.streaming import streamed
 
 
 @contextmanager
@@ -38,6 +40,70 @@ def saved(tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor]]]:
             return torch.load(file, weights_only=True)
 
         yield load
+
+
+class Parked:
+    """Weights on disk, but while their module is called; its hooks are `fetch` and `park`.
+
+    A call whose gradient is wanted leaves its weights in memory until the next one without, since the backward pass
+    reads them.
+
+    Arguments:
+        parameters: Of the module.
+        load: Reads their data, see `saved`.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], load: Callable[[], list[Tensor]]) -> None:
+        self.parameters, self.load = parameters, load
+        self.away = self.held = False
+
+    def fetch(self, *call: Any) -> None:
+        """Have the weights in memory."""
+        if self.away:
+            for parameter, data in zip(self.parameters, self.load(), strict=True):
+                parameter.data = data
+        self.away = False
+
+    def park(self, *call: Any) -> None:
+        """Free the weights' memory, if nobody needs them."""
+        if self.held or torch.is_grad_enabled():
+            return
+        for parameter in self.parameters:
+            parameter.data = parameter.data[:0].clone()
+        self.away = True
+
+
+@contextmanager
+def parked(modules: Sequence[Any]) -> Iterator[None]:
+    """Keep the weights of modules on disk inside the block, but while one of them is called; those that change need
+    `held`.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            parameters = list(module.parameters())
+            load = stack.enter_context(saved([parameter.data for parameter in parameters]))
+            module.parked = state = Parked(parameters, load)
+            stack.callback(delattr, module, "parked")
+            stack.callback(state.fetch)
+            for hook in (module.register_forward_pre_hook(state.fetch), module.register_forward_hook(state.park)):
+                stack.callback(hook.remove)
+            with torch.no_grad():
+                state.park()
+        yield
+
+
+@contextmanager
+def held(modules: Sequence[Any]) -> Iterator[None]:
+    """Have the weights of modules in memory inside the block, so that they can be tuned and restored."""
+    states = [module.parked for module in modules if hasattr(module, "parked")]
+    try:
+        for state in states:
+            state.fetch()
+            state.held = True
+        yield
+    finally:
+        for state in states:
+            state.held = False
 
 
 @contextmanager
@@ -69,28 +135,28 @@ def checkpointed(denoiser: Any, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def low_memory(surrogate: Surrogate) -> Iterator[None]:
+def low_memory(surrogate: Surrogate | LatentSpaces) -> Iterator[None]:
     """Protect with less memory and more time inside the block.
 
-    Activations are recomputed in the backward pass, and the text encoders and the decoder, which no stage needs,
-    are on disk: `embed` and `decode` do not work here.
+    Activations are recomputed in the backward pass, a transformer's blocks are held one at a time, and the text
+    encoders and the decoder, which most stages do not need, are on disk, see `parked`.
     """
+    from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
     from diffusers.models.resnet import ResnetBlock2D
 
-    parked = [p for module in (*surrogate.text_encoders, surrogate.vae.decoder) for p in module.parameters()]
+    if isinstance(surrogate, LatentSpaces):
+        blocks = [block for module in surrogate.modules for block in module.modules()]
+        with recomputed([block for block in blocks if isinstance(block, AutoencoderTinyBlock)]):
+            yield
+        return
     residuals = [module for module in surrogate.vae.encoder.modules() if isinstance(module, ResnetBlock2D)]
     with (
+        streamed(surrogate),
         checkpointed(surrogate.denoiser, True),
         recomputed(residuals),
-        saved([parameter.data for parameter in parked]) as load,
+        parked([*surrogate.text_encoders, surrogate.vae.decoder]),
     ):
-        for parameter in parked:
-            parameter.data = parameter.data[:0].clone()
-        try:
-            yield
-        finally:
-            for parameter, data in zip(parked, load(), strict=True):
-                parameter.data = data
+        yield
 
 
 @contextmanager

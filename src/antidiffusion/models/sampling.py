@@ -24,8 +24,8 @@ def sample(
     surrogate: Surrogate,
     generator: Generator,
     *,
-    steps: int = 25,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     size: tuple[int, int] | None = None,
     progress: Progress = silent,
 ) -> Tensor:
@@ -35,8 +35,8 @@ def sample(
         prompts: B texts.
         surrogate: The model that draws.
         generator: Source of the initial noise.
-        steps: Of the sampler.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
+        steps: Of the sampler; None for 25, or fewer where fewer are usual for the model.
+        guidance: Scale of classifier-free guidance, 1 to turn it off; None for what is usual for the model.
         size: Height and width in pixels, multiples of `surrogate.multiple`; the model's own if None.
         progress: Called after each step.
 
@@ -50,9 +50,10 @@ def sample(
     check_size(height, width, surrogate)
     shape = (len(prompts), surrogate.channels, height // surrogate.factor, width // surrogate.factor)
     z = randn(shape, generator, torch.empty(0, device=surrogate.device))
-    times = way_down(surrogate, height, width, steps)
+    times = way_down(surrogate, height, width, min(25, surrogate.steps) if steps is None else steps)
+    scale = surrogate.guidance if guidance is None else guidance
     embedding = surrogate.embed(prompts)
-    return surrogate.decode(denoise(z, times, embedding, surrogate, guidance=guidance, progress=progress))
+    return surrogate.decode(denoise(z, times, embedding, surrogate, guidance=scale, progress=progress))
 
 
 def way_down(surrogate: Surrogate, height: int, width: int, steps: int, strength: float = 1.0) -> Tensor:
@@ -63,10 +64,15 @@ def way_down(surrogate: Surrogate, height: int, width: int, steps: int, strength
         height, width: Of the pictures, in pixels.
         steps: Of the whole way.
         strength: Share of it that is gone, in (0, 1].
+
+    Raises:
+        ValueError: If that is no step.
     """
     schedule = surrogate.schedule
-    times = schedule.times(steps, surrogate.positions(height, width))
-    return times[schedule.first(steps, strength) :].to(surrogate.device)
+    first = schedule.first(steps, strength)
+    if first >= steps:
+        raise ValueError(f"expected a strength in (0, 1] that runs a step, got {strength} of {steps} steps; try 0.5")
+    return schedule.times(steps, surrogate.positions(height, width))[first:].to(surrogate.device)
 
 
 def check_size(height: int, width: int, surrogate: Surrogate) -> None:

@@ -6,7 +6,7 @@ References:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,3 +128,11 @@ class StableDiffusion(Surrogate):
     def features(self) -> list[Any]:
         """Return what the last up block's residual layers add: the paper's layers 9 to 11."""
         return [layer.conv2 for layer in self.denoiser.up_blocks[-1].resnets]
+
+
+def build(scheduler: Mapping[str, Any], **parts: Any) -> StableDiffusion:
+    """Put a model together from its scheduler's configuration and the arguments of `Surrogate`.
+
+    Latents are not bounded: what clips a picture, by default in DDIM's class, must not clip them.
+    """
+    return StableDiffusion(schedule=VP(dict(scheduler) | {"clip_sample": False}), **parts)

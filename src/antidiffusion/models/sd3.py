@@ -5,7 +5,7 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -49,8 +49,15 @@ class StableDiffusion3(JointTransformer):
         return Embedding(tokens, torch.cat(pooled, -1).float())
 
     def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
+        """Ask the denoiser; where T5 is absent its tokens get no gradient.
+
+        These zeros would take most of it, and a prompt tuned there is one that no text gives.
+        """
         told = embedding.expand(len(z_t))
         assert told.pooled is not None  # `embed` always gives it
+        if len(self.text_encoders) == 2:
+            clip = self.tokenizers[0].model_max_length
+            told = replace(told, tokens=torch.cat([told.tokens[:, :clip], told.tokens[:, clip:].detach()], 1))
         with self._computing():
             output = self.denoiser(
                 z_t.to(self.dtype),

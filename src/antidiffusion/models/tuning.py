@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
 from antidiffusion.models.memory import saved
+from antidiffusion.models.streaming import is_parked, is_streamed
 
 LORA_RANK = 8
 ADAPTER = "tuning"  # peft's name for ours
@@ -149,8 +150,10 @@ def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Let float32 weights be tuned inside the block and give them back unchanged, from a temporary file.
 
     Raises:
-        ValueError: If weights are in half precision, where steps of 5e-7 vanish.
+        ValueError: If weights are in half precision, where steps of 5e-7 vanish, or are not held in memory.
     """
+    if any(map(is_parked, parameters)):
+        raise ValueError("expected weights in memory for full tuning, got parked ones; use LoRA tuning or more memory")
     for dtype in {parameter.dtype for parameter in parameters} - {torch.float32}:
         raise ValueError(f"expected float32 weights for full tuning, got {dtype}; use float32 or LoRA tuning")
     with saved([parameter.data for parameter in parameters]) as load:
@@ -211,7 +214,7 @@ def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
     Arguments:
         surrogate: The model; the same object is tuned.
         method: "full" tunes every weight, see `restored`; "lora" tunes low-rank adapters, see `adapted`; "auto" picks
-            full for float32 denoisers below 200 million weights and LoRA otherwise.
+            full for float32 denoisers below 200 million weights that are held in memory, and LoRA otherwise.
 
     Returns:
         The parameters to fit and the learning rate that suits them.
@@ -222,7 +225,8 @@ def tunable(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
     parameters = list(surrogate.denoiser.parameters())
     if method == "auto":
         small = sum(parameter.numel() for parameter in parameters) < 2e8
-        method = "full" if small and surrogate.dtype == torch.float32 else "lora"
+        fits = surrogate.dtype == torch.float32 and not is_streamed(surrogate)
+        method = "full" if small and fits else "lora"
     if method == "full":
         with restored(parameters):
             yield parameters, surrogate.learning_rate

@@ -33,19 +33,21 @@ class Linf:
         """The whole 8-bit levels that fit into the radius."""
         return math.floor(self.radius)
 
-    def project_(self, delta: Tensor, clean: Tensor) -> Tensor:
+    def project_(self, delta: Tensor, clean: Tensor, brightest: Tensor | None = None) -> Tensor:
         """Clamp `delta` in place so that |delta| <= radius and clean + delta stays in [0, 255].
 
         Arguments:
             delta: Perturbation in 1/255 units, float32, any shape.
-            clean: Untouched pixels, uint8, the same shape.
+            clean: Untouched pixels, uint8, the same shape; where one number moves several, the darkest of them.
+            brightest: The brightest of them, if it is another.
 
         Returns:
             `delta`.
         """
         delta.clamp_(-self.radius, self.radius)
         torch.maximum(delta, -clean.to(delta.dtype), out=delta)
-        return torch.minimum(delta, 255 - clean.to(delta.dtype), out=delta)
+        brightest = clean if brightest is None else brightest
+        return torch.minimum(delta, 255 - brightest.to(delta.dtype), out=delta)
 
     def quantise(self, delta: Tensor, clean: Tensor) -> Tensor:
         """Return the protected pixels, uint8, at most `levels` away from `clean` (arguments as in `project_`)."""

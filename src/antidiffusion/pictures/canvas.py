@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antidiffusion.failures import expect_finite
 from antidiffusion.pictures.budget import Linf
 
 LONGEST = 4  # a view's side, in units of the model's: a longer panorama is squeezed rather than run out of memory
@@ -42,6 +43,18 @@ def filter_matrix(inputs: int, outputs: int) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
+def _fitting(mask: np.ndarray, pixels: np.ndarray) -> Tensor:
+    """Return a mask `(1, 1, H, W)` float32 of zeros and ones that fits the picture."""
+    (height, width), (got_height, got_width) = pixels.shape[:2], mask.shape
+    if (height, width) != (got_height, got_width):
+        raise ValueError(
+            f"expected a mask of {width} x {height} as the picture, got {got_width} x {got_height}; resize the mask"
+        )
+    if not mask.any():
+        raise ValueError("expected a mask with white where the picture may change, got none; paint some white")
+    return torch.from_numpy(mask.astype(np.float32))[None, None]
+
+
 class Canvas:
     """One picture with its perturbation at full size and its view at the model's.
 
@@ -49,12 +62,29 @@ class Canvas:
         pixels: `(H, W, C)` uint8, C = 3, or 1 for a grey picture, whose perturbation then is grey too.
         size: The view's (height, width).
         device: Where the perturbation and the view live.
+        mask: `(H, W)` bool, where the perturbation may be; anywhere if None.
+        luma: Move the channels of a pixel alike, so that its colour stays.
+
+    Raises:
+        ValueError: If the mask has another size or is empty.
     """
 
-    def __init__(self, pixels: np.ndarray, size: tuple[int, int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        size: tuple[int, int],
+        device: torch.device | str = "cpu",
+        *,
+        mask: np.ndarray | None = None,
+        luma: bool = False,
+    ) -> None:
         self.size = size
         self.clean = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(device)
-        self.delta = torch.zeros(self.clean.shape, dtype=torch.float32, device=device)
+        self.darkest = self.brightest = self.clean
+        if luma:
+            self.darkest, self.brightest = self.clean.amin(1, keepdim=True), self.clean.amax(1, keepdim=True)
+        self.delta = torch.zeros(self.darkest.shape, dtype=torch.float32, device=device)
+        self.mask = None if mask is None else _fitting(mask, pixels).to(device)
         sides = zip(self.clean.shape[-2:], size, strict=True)
         self._rows, self._columns = (filter_matrix(full, view).to(device) for full, view in sides)
         self.clean_view = self._down(self.clean.float())
@@ -69,17 +99,17 @@ class Canvas:
         return (self.clean_view + self._down(self.delta)).clamp_(0, 1)
 
     def full_gradient(self, gradient: Tensor) -> Tensor:
-        """Carry a gradient at the view, `(1, 3, h, w)`, to the perturbation, `(1, C, H, W)`: the filter's transpose."""
-        if self.clean.shape[1] == 1:
+        """Carry a gradient at the view, `(1, 3, h, w)`, to the perturbation, `(1, C, H, W)`: the filter's transpose.
+
+        Raises:
+            NotFiniteError: If the gradient has an entry that is no number, which has no sign.
+        """
+        expect_finite(gradient, "the gradient")
+        if self.delta.shape[1] == 1:
             gradient = gradient.sum(1, keepdim=True)
         if tuple(self.clean.shape[-2:]) == self.size:
             return gradient.clone()
         return self._rows.T @ gradient @ self._columns
-
-    def ascend(self, gradient: Tensor, step_size: float, budget: Linf) -> None:
-        """Take one sign step of `step_size` (1/255 units) up the gradient at the view and project to the budget."""
-        self.delta.add_(self.full_gradient(gradient).sign_(), alpha=step_size)
-        budget.project_(self.delta, self.clean)
 
     def pixels(self, budget: Linf) -> np.ndarray:
         """Return the protected picture, `(H, W, C)` uint8, inside the budget."""

@@ -1,10 +1,13 @@
 """Protections: each a frozen dataclass with its paper's defaults that perturbs canvases in place."""
 
 from antidiffusion.recipes.advdm import AdvDM
-from antidiffusion.recipes.anti_diffusion import Alternation, AntiDiffusion
+from antidiffusion.recipes.alternation import Alternation
+from antidiffusion.recipes.anti_diffusion import AntiDiffusion
 from antidiffusion.recipes.anti_dreambooth import ASPL, FSMG
+from antidiffusion.recipes.attention import Attention
 from antidiffusion.recipes.base import PERTURBATION, PROMPT, TUNING, Recipe, Trace, posteriors
 from antidiffusion.recipes.diffusion_guard import DiffusionGuard
+from antidiffusion.recipes.latents import Latents
 from antidiffusion.recipes.mist import Mist
 from antidiffusion.recipes.official import OfficialAntiDiffusion
 from antidiffusion.recipes.photoguard import PhotoGuard
@@ -24,7 +27,9 @@ __all__ = [
     "AdvDM",
     "Alternation",
     "AntiDiffusion",
+    "Attention",
     "DiffusionGuard",
+    "Latents",
     "Mist",
     "OfficialAntiDiffusion",
     "PhotoGuard",
@@ -52,9 +57,14 @@ RECIPES: dict[str, Recipe] = {
     "aspl": ASPL(),
     "simac": SimAC(),
     "diffusion-guard": DiffusionGuard(),
+    "attention": Attention(),
+    "latents": Latents(),
 }
 
-PRESETS: dict[str, AntiDiffusion] = {
-    "quick": AntiDiffusion(rounds=0, steps=25, tuning_steps=0),
-    "strong": AntiDiffusion(rounds=7),
+PRESETS: dict[str, dict[str, Recipe]] = {
+    "anti-diffusion": {
+        "quick": AntiDiffusion(rounds=0, steps=25, tuning_steps=0),
+        "strong": AntiDiffusion(rounds=7),
+    },
+    "latents": {"quick": Latents(steps=12), "strong": Latents(steps=48)},
 }

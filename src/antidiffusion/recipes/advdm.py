@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import Generator
 
 from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.denoising import Denoising
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
 from antidiffusion.recipes.base import Trace, climb
+from antidiffusion.recipes.objectives import Denoising
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,20 @@ References:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Posterior, Surrogate
+from antidiffusion.models.memory import held
 from antidiffusion.models.tuning import described, fit, restored, tunable
-from antidiffusion.objectives import Objective
-from antidiffusion.objectives.denoising import Denoising
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
-from antidiffusion.recipes.ascent import ascend, batches
+from antidiffusion.recipes.ascent import Objective, ascend, batches
 from antidiffusion.recipes.base import PERTURBATION, TUNING, Trace, posteriors
+from antidiffusion.recipes.objectives import Denoising
 
 STEP_SIZE = 5e-3 * 255 / 2  # 5e-3 of the range [-1, 1], in 1/255 units
 
@@ -29,11 +29,17 @@ def learner(surrogate: Surrogate, method: str) -> Iterator[tuple[list[Tensor], f
 
     Arguments and returns as `antidiffusion.models.tuning.tunable`.
     """
+    (denoiser, _), *encoders = surrogate.tunable(texts=True).values()
+    first = next(denoiser.parameters())
     with tunable(surrogate, method) as (weights, learning_rate):
-        full = weights[0] is next(surrogate.denoiser.parameters())
-        text = [weight for encoder in surrogate.text_encoders for weight in encoder.parameters()] if full else []
-        with restored(text) if text else nullcontext():
-            yield [*weights, *text], learning_rate
+        if weights[0] is not first:  # adapters
+            yield weights, learning_rate
+            return
+        modules = [encoder for encoder, _ in encoders]
+        with held(modules):
+            text = [weight for module in modules for weight in module.parameters()]
+            with restored(text):
+                yield [*weights, *text], learning_rate
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ class Learner:
     def _perturb(
         self, groups: Sequence[Sequence[Canvas]], objectives: Sequence[Objective], generator: Generator
     ) -> Iterator[float]:
-        step_size, budget = self.step_size, Linf(self.budget)
-        return ascend(objectives, groups, budget, steps=self.steps, step_size=step_size, generator=generator)
+        sizes = [self.step_size] * self.steps
+        return ascend(objectives, groups, Linf(self.budget), sizes=sizes, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,22 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from antidiffusion.failures import expect_finite
 from antidiffusion.models.base import Posterior, Surrogate
-from antidiffusion.objectives import Objective
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
-from antidiffusion.recipes.ascent import ascend, batches, decayed, scatter, views
+from antidiffusion.recipes.ascent import (
+    Direction,
+    Objective,
+    Start,
+    ascend,
+    batches,
+    current,
+    decayed,
+    steepest,
+    views,
+)
 
 PROMPT, TUNING, PERTURBATION = "prompt tuning", "surrogate tuning", "perturbation"
 
@@ -31,8 +41,13 @@ class Trace:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, stage: str, values: Iterable[float]) -> None:
-        """Exhaust an iterator of losses and record them under the stage's name."""
+        """Exhaust an iterator of losses and record them under the stage's name.
+
+        Raises:
+            NotFiniteError: If a loss is no number.
+        """
         for value in values:
+            expect_finite(value, f"the loss of the {stage}")
             self.losses.setdefault(stage, []).append(value)
             self.progress(stage, sum(map(len, self.losses.values())), self.total)
 
@@ -73,7 +88,8 @@ def climb(
     generator: Generator,
     progress: Progress,
     *,
-    random_start: bool = False,
+    start: Start = current,
+    direction: Direction = steepest,
     decay: bool = False,
 ) -> Trace:
     """Perturb canvases in place: one phase of sign steps, the whole run of a recipe without tuning.
@@ -84,16 +100,15 @@ def climb(
         canvases: The pictures.
         generator: Source of all randomness.
         progress: Called after every step.
-        random_start: Start uniformly in the budget instead of at the picture.
+        start: Where the perturbations begin.
+        direction: What a step follows.
         decay: Lower the step size linearly, to a hundredth of it at the end.
     """
     groups = batches(canvases)
     objectives = [objective(views(group)) for group in groups]
     budget, trace = Linf(recipe.budget), Trace(recipe.steps, progress)
-    if random_start:
-        scatter(canvases, budget, generator)
-    for done in range(recipe.steps):
-        step_size = decayed(recipe.step_size, done, recipe.steps) if decay else recipe.step_size
-        run = ascend(objectives, groups, budget, steps=1, step_size=step_size, generator=generator)
-        trace.run(PERTURBATION, run)
+    for canvas in canvases:
+        start(canvas, budget, generator)
+    sizes = [decayed(recipe.step_size, done if decay else 0, recipe.steps) for done in range(recipe.steps)]
+    trace.run(PERTURBATION, ascend(objectives, groups, budget, sizes=sizes, generator=generator, direction=direction))
     return trace

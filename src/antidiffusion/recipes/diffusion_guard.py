@@ -1,20 +1,97 @@
-"""DiffusionGuard."""
+"""DiffusionGuard: the noise predicted at an edit's first step, under random masks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives import Objective
-from antidiffusion.objectives.first_step import FirstStepNoise, RandomlyMasked
+from antidiffusion.models.base import Embedding, Surrogate, randn
+from antidiffusion.models.sampling import way_down
 from antidiffusion.pictures.canvas import Canvas
-from antidiffusion.pictures.picture import Picture
 from antidiffusion.progress import Progress
+from antidiffusion.recipes.ascent import Objective
 from antidiffusion.recipes.base import Trace, climb
+from antidiffusion.recipes.objectives import predicted_noise
+
+GREY = 0.5  # zero in the model's range [-1, 1]
+ITERATIONS = 15  # of the contour, at most: the released code's
+SMOOTHNESS = 0.1  # of the mask's radius: the released code's
+
+
+@dataclass
+class FirstStepNoise:
+    """Norm of the noise that the model predicts at the first denoising step of an edit.
+
+    Arguments:
+        surrogate: The attacker's model.
+        embedding: Text embedding of the edit's prompt.
+        inference_steps: Steps of the edit: the first of them is at about `1 - 1 / inference_steps` of the noising.
+
+    Raises:
+        ValueError: If that step sees noise alone.
+    """
+
+    surrogate: Surrogate
+    embedding: Embedding
+    inference_steps: int = 4
+
+    def __call__(self, x: Tensor, generator: Generator) -> Tensor:
+        first = way_down(self.surrogate, x.shape[-2], x.shape[-1], self.inference_steps)[0]
+        if self.surrogate.schedule(first)[0] == 0:
+            raise ValueError(
+                "expected a model whose first step sees something of the picture, got one that starts from noise "
+                f"alone ({self.surrogate.name}); take another recipe"
+            )
+        z = self.surrogate.encode(x, generator)
+        n = randn(z.shape, generator, z)
+        noise = predicted_noise(self.surrogate, z, n, first.expand(len(z)), self.embedding)
+        return noise.flatten(1).norm(dim=1)
+
+
+@dataclass
+class RandomlyMasked:
+    """An objective of the picture inside a mask that is another at every call; grey outside.
+
+    Arguments:
+        objective: What to maximise.
+        mask: `(1, 1, h, w)` float32, 1 where an attacker would keep the picture, 0 where he would redraw it.
+    """
+
+    objective: Objective
+    mask: Tensor
+
+    def __call__(self, x: Tensor, generator: Generator) -> Tensor:
+        return self.objective(GREY + (x - GREY) * shrink(self.mask, generator), generator)
+
+
+def shrink(mask: Tensor, generator: Generator) -> Tensor:
+    """Move a mask's contour inwards by a random distance that varies smoothly along it.
+
+    The released code shifts the points of OpenCV's contour and puts back those that left the mask; here the blurred
+    mask is cut, again and again, at a random level between 1/2 and 3/4, which needs no contour.
+
+    Arguments:
+        mask: `(1, 1, h, w)` float32 of zeros and ones.
+        generator: Source of the distances.
+
+    Returns:
+        A mask inside the given one, not empty unless it is.
+    """
+    side = 2 * max(1, round(SMOOTHNESS * math.sqrt(mask.sum().item() / math.pi))) + 1
+    count = int(torch.randint(1, ITERATIONS + 1, (), generator=generator, device=generator.device))
+    height, width = mask.shape[-2:]
+    for _ in range(count):
+        coarse = torch.rand((1, 1, 2 + height // side, 2 + width // side), generator=generator, device=generator.device)
+        level = 0.5 + 0.25 * F.interpolate(coarse.to(mask), size=(height, width), mode="bilinear", align_corners=True)
+        inside = F.avg_pool2d(mask, side, stride=1, padding=side // 2, count_include_pad=False) >= level
+        smaller = mask * inside
+        if not smaller.any():
+            break
+        mask = smaller
+    return mask
 
 
 @dataclass(frozen=True)
@@ -22,7 +99,8 @@ class DiffusionGuard:
     """Raise the norm of the noise predicted at the first step of an edit, under random masks where a mask is given.
 
     The paper attacks an inpainting model, whose first step sees pure noise beside the latent of the masked picture. Our
-    surrogates have no such input: here the first step sees the noised latent of the picture, as in SDEdit.
+    surrogates have no such input: here the first step sees the noised latent of the picture, as in SDEdit. The mask is
+    the canvases', white on what an attacker would keep, usually the face; without one there are no random masks.
 
     Arguments:
         budget: L-infinity budget in 1/255 units around the untouched picture; the paper's is 16/255 of
@@ -31,8 +109,6 @@ class DiffusionGuard:
         step_size: In 1/255 units; the released code's 1/255 of the range [-1, 1].
         inference_steps: Of the edit, which decide where its first step is; the released code's.
         prompt: Of the edit.
-        mask: File of a picture as large as the protected ones, white on what an attacker would keep, usually the face;
-            the perturbation stays inside. None turns the masks off.
 
     References:
         DiffusionGuard: A Robust Defense Against Malicious Diffusion-based Image Editing, Choi et al., 2025,
@@ -44,38 +120,16 @@ class DiffusionGuard:
     step_size: float = 0.5
     inference_steps: int = 4
     prompt: str = ""
-    mask: str | None = None
 
     def __call__(
         self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
     ) -> Trace:
         norm = FirstStepNoise(surrogate, surrogate.embed([self.prompt]), self.inference_steps)
-        mask = None if self.mask is None else read_mask(self.mask, canvases)
+        mask = canvases[0].mask  # one for all
 
         def objective(clean: Tensor) -> Objective:
             if mask is None:
                 return norm
-            size = clean.shape[-2:]
-            return RandomlyMasked(norm, F.interpolate(mask, size=size, mode="nearest-exact").to(clean.device))
+            return RandomlyMasked(norm, F.interpolate(mask, size=clean.shape[-2:], mode="nearest-exact"))
 
         return climb(self, objective, canvases, generator, progress)
-
-
-def read_mask(path: str | Path, canvases: Sequence[Canvas]) -> Tensor:
-    """Read a mask `(1, 1, H, W)` of zeros and ones.
-
-    Raises:
-        PictureError: If the file cannot be read.
-        ValueError: If a canvas has another size, or nothing is white.
-    """
-    pixels = torch.from_numpy(Picture.read(path).pixels.copy()).float()
-    mask = (pixels.mean(-1) > 127.5).float()[None, None]
-    for canvas in canvases:
-        if canvas.clean.shape[-2:] != mask.shape[-2:]:
-            (height, width), (got_height, got_width) = canvas.clean.shape[-2:], mask.shape[-2:]
-            raise ValueError(
-                f"expected a mask of {width} x {height} as the picture, got {got_width} x {got_height}; resize {path}"
-            )
-    if not mask.any():
-        raise ValueError(f"expected a mask with white on what to keep, got none in {path}; paint the face white")
-    return mask

@@ -1,16 +1,18 @@
-"""Mist."""
+"""Mist: the denoising loss and a pull towards a pattern."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
-from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.latent import Fused
+from antidiffusion.models.base import Embedding, Surrogate
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
+from antidiffusion.recipes.ascent import uniform
 from antidiffusion.recipes.base import Trace, climb
+from antidiffusion.recipes.objectives import clean_latent
 
 LATENT = 4 * 64 * 64  # values of the latent of 512 x 512 pixels, over which the released code sums
 
@@ -29,6 +31,33 @@ def pattern(height: int, width: int) -> Tensor:
     sign = 1 - 2 * ((y // tile + x // tile) % 2)
     stripes = ((x + sign * y) // (tile // 4)) % 2
     return stripes.float().expand(1, 3, -1, -1)
+
+
+@dataclass
+class Fused:
+    """L_ldm minus weight * the mean squared distance of a sampled latent from the target's.
+
+    Arguments:
+        surrogate: The model.
+        embedding: Text embedding of the prompt.
+        target: Pictures `(1 or B, 3, h, w)` in [0, 1].
+        weight: Of the distance; 0 leaves the denoising loss.
+    """
+
+    surrogate: Surrogate
+    embedding: Embedding
+    target: Tensor
+    weight: float
+
+    def __call__(self, x: Tensor, generator: Generator) -> Tensor:
+        z = self.surrogate.encode(x, generator)
+        semantic = self.surrogate.denoising_loss(z, *self.surrogate.draw(z, generator), self.embedding)
+        return semantic - self.weight * (z - self.goal).square().mean((1, 2, 3))
+
+    @cached_property
+    def goal(self) -> Tensor:
+        """Latent of the target, encoded once."""
+        return clean_latent(self.surrogate, self.target)
 
 
 @dataclass(frozen=True)
@@ -65,4 +94,4 @@ class Mist:
             target = pattern(*clean.shape[-2:]).to(clean)
             return Fused(surrogate, embedding, target, LATENT / self.rate)
 
-        return climb(self, objective, canvases, generator, progress, random_start=True)
+        return climb(self, objective, canvases, generator, progress, start=uniform)

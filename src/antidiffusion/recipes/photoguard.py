@@ -7,10 +7,11 @@ import torch
 from torch import Generator
 
 from antidiffusion.models.base import Surrogate
-from antidiffusion.objectives.latent import LatentTarget
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
+from antidiffusion.recipes.ascent import uniform
 from antidiffusion.recipes.base import Trace, climb
+from antidiffusion.recipes.objectives import LatentTarget
 
 GREY = 0.5
 
@@ -41,4 +42,4 @@ class PhotoGuard:
         def objective(clean: torch.Tensor) -> LatentTarget:
             return LatentTarget(surrogate, torch.full_like(clean[:1], GREY))
 
-        return climb(self, objective, canvases, generator, progress, random_start=True, decay=True)
+        return climb(self, objective, canvases, generator, progress, start=uniform, decay=True)

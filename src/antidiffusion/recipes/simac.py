@@ -1,30 +1,76 @@
-"""SimAC."""
+"""SimAC: the denoising loss at chosen times, and the shift of the UNet's features."""
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from antidiffusion.models.base import Embedding, Surrogate
-from antidiffusion.objectives import Objective
-from antidiffusion.objectives.feature import DenoisingFeature
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.progress import Progress
 from antidiffusion.recipes.anti_dreambooth import ASPL
-from antidiffusion.recipes.ascent import batches, gradient, views
+from antidiffusion.recipes.ascent import Among, Objective, batches, gradient, move, views
 from antidiffusion.recipes.base import Trace
+from antidiffusion.recipes.objectives import Denoising, clean_latent
 
 SELECTION = "time-step selection"
-BINS = 1000  # steps of the noising that the search tells apart: the training steps of Stable Diffusion
-ENOUGH = 0.1  # share of them at which the selection ends
+TIMES = 1000  # the search's resolution: the paper's models have so many steps
+ENOUGH = 0.1  # share of the times at which the selection ends
 
 
-def times(surrogate: Surrogate, steps: Tensor) -> Tensor:
-    """Return the schedule's times `(S,)` at steps `(S,)` int64 of the `BINS`."""
-    return surrogate.schedule.time((steps + 0.5) / BINS)
+@contextmanager
+def record_features(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Record the outputs `(B, C, h, w)` of modules inside the block, in the list that is returned."""
+    features: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _, arguments, output: features.append(output)) for module in modules]
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class DenoisingFeature:
+    """L_ldm + weight * mean squared distance of the features from the clean picture's at the same noise and time.
+
+    Arguments:
+        surrogate: The model.
+        embedding: Text embedding of the prompt.
+        clean: Pictures `(B, 3, h, w)` in [0, 1] that the features move away from.
+        times: For each of the B pictures the times `(S,)` that may be drawn, on the CPU.
+        weight: lambda; 0 leaves the features out.
+    """
+
+    surrogate: Surrogate
+    embedding: Embedding
+    clean: Tensor
+    times: Sequence[Tensor]
+    weight: float = 1.0
+
+    def __call__(self, x: Tensor, generator: Generator) -> Tensor:
+        z = self.surrogate.encode(x, generator)
+        n, t = Among(self.times)(self.surrogate, z, generator)
+        if not self.weight:
+            return self.surrogate.denoising_loss(z, n, t, self.embedding)
+        modules = self.surrogate.features()
+        with torch.no_grad(), record_features(modules) as before:
+            self.surrogate.denoising_loss(self.clean_latent, n, t, self.embedding)
+        with record_features(modules) as after:
+            loss = self.surrogate.denoising_loss(z, n, t, self.embedding)
+        shifts = [(a.float() - b.float()).square().mean((1, 2, 3)) for a, b in zip(after, before, strict=True)]
+        return loss + self.weight * torch.stack(shifts).mean(0)
+
+    @cached_property
+    def clean_latent(self) -> Tensor:
+        """Latent of the clean pictures, encoded once."""
+        return clean_latent(self.surrogate, self.clean)
 
 
 @dataclass(frozen=True)
@@ -55,6 +101,7 @@ class SimAC(ASPL):
     def __call__(
         self, canvases: Sequence[Canvas], surrogate: Surrogate, generator: Generator, progress: Progress
     ) -> Trace:
+        surrogate.features()  # a model without them is refused before any work
         groups = batches(canvases)
         clean = [views(group) for group in groups]
         phases = self.rounds * (self.steps + 2 * self.tuning_steps)
@@ -64,16 +111,16 @@ class SimAC(ASPL):
         for group in groups:
             chosen.append([])
             for canvas in group:
-                left = torch.ones(BINS, dtype=torch.bool)
+                left = torch.ones(TIMES, dtype=torch.bool)
                 before = len(trace.losses.get(SELECTION, []))
                 trace.run(SELECTION, self._search(left, canvas, surrogate, embedding, generator))
                 trace.total -= self.selection_steps - (len(trace.losses.get(SELECTION, [])) - before)
-                chosen[-1].append(times(surrogate, left.nonzero()[:, 0]))
+                chosen[-1].append(_times(left, surrogate))
 
         def objectives(embedding: Embedding) -> list[Objective]:
             return [
-                DenoisingFeature(surrogate, embedding, x, steps, self.feature_weight)
-                for x, steps in zip(clean, chosen, strict=True)
+                DenoisingFeature(surrogate, embedding, x, times, self.feature_weight)
+                for x, times in zip(clean, chosen, strict=True)
             ]
 
         self._alternate(groups, surrogate, generator, trace, objectives)
@@ -87,9 +134,8 @@ class SimAC(ASPL):
         trial.delta = canvas.delta.clone()
 
         def at(step: int) -> tuple[Tensor, Tensor]:
-            objective = DenoisingFeature(
-                surrogate, embedding, trial.clean_view, [times(surrogate, torch.tensor([step]))], weight=0
-            )
+            times = [_times(torch.arange(total) == step, surrogate)]
+            objective = Denoising(surrogate, embedding, Among(times))
             return gradient(objective, trial.view(), generator)
 
         for _ in range(self.selection_steps):
@@ -102,5 +148,10 @@ class SimAC(ASPL):
             middle = min(max(lowest, self.neighbourhood), total - self.neighbourhood)
             left[middle - self.neighbourhood : middle + self.neighbourhood] = False
             slope, loss = at(highest)
-            trial.ascend(slope, self.step_size, budget)
+            move(trial, slope, self.step_size, budget)
             yield loss.item()
+
+
+def _times(chosen: Tensor, surrogate: Surrogate) -> Tensor:
+    """Return the model's times `(S,)` in the middle of those of `TIMES` equal parts of the noising that are chosen."""
+    return surrogate.schedule.time((chosen.nonzero()[:, 0] + 0.5) / len(chosen))
