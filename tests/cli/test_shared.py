@@ -15,7 +15,8 @@ DRAWING = ["--steps", "1", "-o", "out.png"]
 def loadings(monkeypatch: pytest.MonkeyPatch, tiny: Surrogate) -> list[dict[str, Any]]:
     """What models are loaded with; each is a tiny one."""
     options: list[dict[str, Any]] = []
-    monkeypatch.setattr(antidiffusion.models.loading, "load", lambda model, **given: options.append(given) or tiny)
+    for loader in ("load", "load_protector"):
+        monkeypatch.setattr(antidiffusion.models.loading, loader, lambda model, **given: options.append(given) or tiny)
     return options
 
 
