@@ -68,7 +68,8 @@ def dead_leaves(index: int) -> NDArray[np.uint8]:
         place, cover = leaf(rng)
         colour = rng.uniform(0, 255, 3).astype(np.float32)
         base[place] += cover * (colour + fills[rng.integers(len(fills))][place] - base[place])
-    return np.clip(base, 0, 255).astype(np.uint8)
+    grey = base.mean(-1, keepdims=True)  # photos are less colourful than independent channels
+    return np.clip(grey + rng.uniform(0.15, 1) * (base - grey), 0, 255).astype(np.uint8)
 
 
 def letters(index: int) -> NDArray[np.uint8]:
