@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 SENTENCE = r"^expected [^\n]+, got [^\n]+; [^\n]+$"  # expected, got, remedy
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I64": 8}
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
@@ -175,3 +177,13 @@ def sd3_file(width: int = 64) -> dict[str, tuple[str, tuple[int, ...]]]:
                 found |= linear(f"{name}.mlp.fc1", 4 * width, width) | linear(f"{name}.mlp.fc2", width, 4 * width)
     found |= linear("final_layer.linear", 64, width) | linear("final_layer.adaLN_modulation.1", 2 * width, width)
     return {start + name: value for name, value in found.items()}
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change(file: Path, **functions: Any) -> None:
+    """Replace tensors of a safetensors file by functions of what is there, or of None."""
+    state = load_file(file)
+    save_file(state | {name: function(state.get(name)) for name, function in functions.items()}, file, {"format": "pt"})

@@ -106,6 +106,50 @@ def open_clip(module: Any, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{key}": value for key, value in result.items()}
 
 
+def sd3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the original names of a Stable Diffusion 3 or 3.5 transformer."""
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    names = {
+        "pos_embed.pos_embed": "pos_embed",
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+        "transformer_blocks": "joint_blocks",
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "attn.to_out.0": "x_block.attn.proj",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "attn.norm_q": "x_block.attn.ln_q",
+        "attn.norm_k": "x_block.attn.ln_k",
+        "attn2.norm_q": "x_block.attn2.ln_q",
+        "attn2.norm_k": "x_block.attn2.ln_k",
+        "attn.norm_added_q": "context_block.attn.ln_q",
+        "attn.norm_added_k": "context_block.attn.ln_k",
+        "attn.to_add_out": "context_block.attn.proj",
+        "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2",
+    }
+    found = {}
+    for name, value in state.items():
+        fused = re.match(r"transformer_blocks\.(\d+)\.(attn2?)\.(to_q|add_q_proj)\.(\w+)$", name)
+        if fused:
+            block, attention, kind, rest = fused.groups()
+            side = "x_block" if kind == "to_q" else "context_block"
+            parts = [state[name.replace(kind, kind.replace("_q", f"_{part}"))] for part in "qkv"]
+            found[f"joint_blocks.{block}.{side}.{attention}.qkv.{rest}"] = torch.cat(parts)
+        elif not re.search(r"attn2?\.(to_[kv]|add_[kv]_proj)\.", name):
+            swapped = name.startswith(("norm_out", f"transformer_blocks.{last}.norm1_context"))
+            halves = value.chunk(2)[::-1] if swapped else [value]  # the original has the shift first
+            found[rename(name, names)] = torch.cat(list(halves))
+    return {f"model.diffusion_model.{name}": value.contiguous().clone() for name, value in found.items()}
+
+
 def original_state(pipeline: Any) -> dict[str, Tensor]:
     """Return every weight of a Stable Diffusion 1.x, 2.x or XL pipeline under the original file's name."""
     if hasattr(pipeline, "text_encoder_2"):

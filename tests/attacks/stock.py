@@ -17,7 +17,7 @@ def load(folder: Path) -> Any:
     if "StableDiffusionXL" not in (folder / "model_index.json").read_text():
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **unchecked)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(dict(pipe.schedule.scheduler), clip_sample=False)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -7,8 +7,11 @@ from bench_plans import write_plan
 from command_line import draw
 
 import antidiffusion.bench
+from antidiffusion.bench.estimates import FEWEST
+from antidiffusion.bench.instruments import Instruments
 from antidiffusion.bench.plan import ALL, HALF, Folder, Plan, Trial
 from antidiffusion.bench.rows import CLEAN, CONTROL
+from antidiffusion.metrics.table import OPTIONAL
 from antidiffusion.recipes import AdvDM, AntiDiffusion
 
 OUTSIDE = """
@@ -148,7 +151,7 @@ def test_a_note_changes_no_key_and_another_picture_of_another_program_does(tmp_p
         ("[recipes]", 'budget = "8"\n[recipes]', "expected budget as float, got '8'"),
         ("steps = 1", "steps = 1.5", "expected steps as int, got 1.5"),
         ("steps = 1", "prompt = 3", "expected prompt as str, got 3"),
-        ("steps = 2", "guidance = true", "expected guidance as float, got True"),
+        ("steps = 2", "guidance = true", "expected guidance as float . None, got True"),
         ("[edits]", "[other]", "got other; leave it out"),
         ("[edits]", "[edits.attacks]", "expected edits of sdedit, .*, got 'dataset'"),
     ],
@@ -158,6 +161,34 @@ def test_mistakes(tmp_path: Path, old: str, new: str, fragment: str) -> None:
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=rf"plan\.toml.*{fragment}"):
         Plan.read(path)
+
+
+def write_users_folders(folder: Path, people: int) -> None:
+    """Write what the plans for real models say must lie beside them, but for the models."""
+    for number in range(people):
+        edit = folder / "edits" / f"{number}"
+        edit.mkdir(parents=True)
+        draw(edit / "example.png", number)
+        (edit / "prompt.txt").write_text("a person with a hat")
+        for name in ("set_A", "set_B", "set_C"):
+            photos = folder / "faces" / f"{number}" / name
+            photos.mkdir(parents=True)
+            draw(photos / "0.png", number)
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl", "flux"])
+def test_plans_for_real_models_are_read_and_are_as_long_as_they_say(name: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "benchmarks" / "plans" / f"{name}.toml").read_text()
+    write_users_folders(tmp_path, 8)
+    (tmp_path / "plan.toml").write_text(text)
+    plan = Plan.read(tmp_path / "plan.toml")
+    kinds = Counter(trial.kind for trial in plan.trials())
+    counts = [kinds[kind] for kind in ("protection", "floor", "edit", "tuning")]
+    assert "Work: {} protections, {} floors, {} edits and {} tunings".format(*counts) in text
+    assert plan.metrics.keys() == set(OPTIONAL) and plan.tunings and len(plan.tunings.people) >= FEWEST
+    assert all(plan.budget_of(trial) in (None, 7) for trial in plan.trials())
+    with pytest.raises(ValueError, match=r"expected .*, got "):
+        Instruments(plan.metrics).check()
 
 
 def test_another_data_set(tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def test_the_recipe_moves_attention_where_it_says(sd3: Surrogate, pixels: np.nda
     assert one.delta.abs().max() == 8 and len(trace.losses["perturbation"]) == 8
 
 
-def test_low_memory_gives_the_same(sd3: Surrogate, pixels: np.ndarray) -> None:
+def test_low_memory_gives_the_same(joint: Surrogate, pixels: np.ndarray) -> None:
     """The block in which the pass ends is one whose weights the backward pass reads."""
     recipe, kept, lean = Attention(steps=2, draws=2), canvas(pixels), canvas(pixels)
-    run(recipe, sd3, kept)
-    with low_memory(sd3):
-        run(recipe, sd3, lean)
+    run(recipe, joint, kept)
+    with low_memory(joint):
+        run(recipe, joint, lean)
     assert (kept.delta == lean.delta).float().mean() > 0.99

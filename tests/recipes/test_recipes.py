@@ -12,10 +12,10 @@ import pytest
 import torch
 from ascents import PORTRAIT, canvas, run, weights
 from command_line import cli
+from conftest import write_joint
 from PIL import Image
 from torch import Tensor
 
-import antidiffusion.protection
 from antidiffusion import Picture, protect
 from antidiffusion.models.base import Surrogate
 from antidiffusion.pictures.budget import Linf
@@ -23,6 +23,7 @@ from antidiffusion.pictures.picture import PictureError
 from antidiffusion.recipes import RECIPES
 from antidiffusion.recipes.attention import EarlyAttention
 from antidiffusion.recipes.diffusion_guard import FirstStepNoise
+from antidiffusion.recipes.latents import LatentShift
 from antidiffusion.recipes.mist import LATENT, Fused, pattern
 from antidiffusion.recipes.objectives import Denoising, LatentTarget
 from antidiffusion.recipes.photoguard_diffusion import EditTarget
@@ -40,6 +41,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "simac": {"rounds": 1, "steps": 1, "tuning_steps": 0, "selection_steps": 1, "candidates": 2},
     "diffusion-guard": {"steps": 2},
     "attention": {"steps": 2, "draws": 2},
+    "latents": {"steps": 2},
 }
 GREY = torch.full((1, 3, 128, 128), 0.5)
 
@@ -94,16 +96,6 @@ def test_the_seed_decides_every_byte(tiny: Surrogate, pixels: np.ndarray, name: 
     assert torch.equal(delta(0), first) and not torch.equal(delta(1), first)
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_a_card_names_the_recipe(
-    tiny: Surrogate, pixels: np.ndarray, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(antidiffusion.protection, "HELD_OUT_STEPS", 1)
-    (protected,) = protect([Picture(pixels)], short(name), surrogate=tiny)
-    card = json.loads(json.dumps(protected.card))
-    assert card["recipe"]["name"] == name and card["recipe"]["budget"] == 8
-
-
 HELD_OUT: dict[str, Callable[[Surrogate, Tensor], Any]] = {  # what a recipe should raise
     "advdm": lambda s, x: Denoising(s, s.embed(["a photo"])),
     "sds-plus": lambda s, x: Denoising(s, s.embed(["a portrait photo"])),
@@ -116,6 +108,7 @@ HELD_OUT: dict[str, Callable[[Surrogate, Tensor], Any]] = {  # what a recipe sho
     "simac": lambda s, x: DenoisingFeature(s, s.embed(["a photo of sks person"]), x, [torch.arange(1000)]),
     "diffusion-guard": lambda s, x: FirstStepNoise(s, s.embed([""])),
     "attention": lambda s, x: EarlyAttention(s, s.embed([""]), "entropy", x),
+    "latents": lambda s, x: LatentShift(s, x),
 }
 LONGER: dict[str, dict[str, Any]] = {
     "photoguard-diffusion": {"steps": 3, "denoising_steps": 2},
@@ -172,31 +165,41 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module", params=["sd3", "flux-dev"])
+def transformer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surrogate:
+    return Surrogate.from_pretrained(str(write_joint(request.param, tmp_path_factory.mktemp("transformer"))))
+
+
 @pytest.mark.parametrize("name", [name for name in JOINT if name not in REFUSED])
-def test_transformers_are_protected_against(joint: Surrogate, pixels: np.ndarray, name: str) -> None:
-    one, before = canvas(pixels), [weight.clone() for weight in weights(joint)]
-    trace = run(replace(RECIPES[name], **JOINT[name]), joint, one)  # type: ignore[type-var]
+def test_transformers_are_protected_against(transformer: Surrogate, pixels: np.ndarray, name: str) -> None:
+    one, before = canvas(pixels), [weight.clone() for weight in weights(transformer)]
+    trace = run(replace(RECIPES[name], **JOINT[name]), transformer, one)  # type: ignore[type-var]
     assert 1 < one.delta.abs().max() <= 8 and one.delta.abs().mean() > 0.5
     assert all(math.isfinite(value) for values in trace.losses.values() for value in values)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(joint), strict=True))
-    assert not any(module._forward_pre_hooks for module in joint.denoiser.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(transformer), strict=True))
+    assert not any(module._forward_pre_hooks for module in transformer.denoiser.modules())
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_no_meaning_for_transformers_is_refused(joint: Surrogate, pixels: np.ndarray, name: str) -> None:
+def test_what_has_no_meaning_for_transformers_is_refused(transformer: Surrogate, pixels: np.ndarray, name: str) -> None:
     one = canvas(pixels)
     with pytest.raises(ValueError, match=REFUSED[name]):
-        run(RECIPES[name], joint, one)
+        run(RECIPES[name], transformer, one)
     assert not one.delta.any()
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_low_memory_changes_memory_only(tiny: Surrogate, pixels: np.ndarray, name: str) -> None:
+def test_low_memory_changes_memory_only(
+    tiny: Surrogate, pixels: np.ndarray, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("antidiffusion.card.HELD_OUT_STEPS", 1)
     options = {**SHORT, "anti-diffusion": {"rounds": 1, "steps": 2, "prompt_steps": 1, "tuning_steps": 1}}
     options |= {"official": options["anti-diffusion"], "simac": SHORT["simac"] | {"tuning_steps": 1}}
     recipe, before = replace(RECIPES[name], **options.get(name, {})), tiny.sha256  # type: ignore[type-var]
     kept, lean = (protect([Picture(pixels)], recipe, surrogate=tiny, low_memory=flag)[0] for flag in (False, True))
     assert (kept.picture.pixels == lean.picture.pixels).mean() > 0.99
+    card = json.loads(json.dumps(lean.card))
+    assert card["recipe"]["name"] == name and card["recipe"]["budget"] == 8
     assert lean.card["model"]["sha256"] == before == type(tiny).sha256.func(tiny)  # type: ignore[attr-defined]
 
 

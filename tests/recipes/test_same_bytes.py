@@ -154,7 +154,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_recipe_perturbs_as_it_did(
     model: tuple[str, str, Surrogate], run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("antidiffusion.protection.HELD_OUT_STEPS", 1)
+    monkeypatch.setattr("antidiffusion.card.HELD_OUT_STEPS", 1)
     name, digest, surrogate = model
     with np.load(DATA) as data:
         if str(data[f"{name}/weights"]) != digest:

@@ -428,7 +428,9 @@ def test_the_command_line_changes_one_model_or_stage() -> None:
     small = settings_of(parser().parse_args(["encoder", "--out", "x", "--batch", "16"])).encoder
     assert sum(small.batch.values()) == 16
     assert small.attacked == 6  # 18 of 40, and a multiple of three
-    assert shared({"a": 9, "b": 1}, 2) == {"a": 2, "b": 1}
+    assert shared({"a": 9, "b": 1}, 2) == {"a": 1, "b": 1}
+    with pytest.raises(ValueError, match="one of each kind, got 1"):
+        shared({"a": 9, "b": 1}, 1)
     with pytest.raises(SystemExit, match="expected a model of mini, second"):
         settings_of(parser().parse_args(["unet", "--out", "x", "--name", "third"]))
 

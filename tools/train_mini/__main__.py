@@ -80,6 +80,10 @@ def stage_command(options: argparse.Namespace, stage: str, minutes: float) -> li
     words += ["--minutes", f"{minutes:.3f}", "--device", options.device, "--precision", options.precision]
     for key in ("out", "data", "assets", "teacher", "workers"):
         words += [f"--{key}", str(getattr(options, key))]
+    if stage == options.name:
+        for key in ("prediction", "seed", "batch"):
+            words += [f"--{key}", str(getattr(options, key))] * (getattr(options, key) is not None)
+        words += ["--channels", ",".join(map(str, options.channels))] * (options.channels is not None)
     return words + ["--tiny"] * options.tiny
 
 

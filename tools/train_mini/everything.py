@@ -1,9 +1,13 @@
 """All stages in turn, in a time: pictures are drawn beside the training, which starts with what is there."""
 
 import json
+import os
+import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +27,6 @@ from train_mini.unet import train_unet
 SHARES = {"encoder": 0.26, "decoder": 0.32, "mini": 0.24, "second": 0.07}
 END = 0.07  # share for packages and figures; the other 0.04 are for the start
 FIRST = 0.02  # share of the pictures that training waits for
-FAILURES = (RuntimeError, ArithmeticError, ValueError, OSError, ImportError)
 
 
 def train(
@@ -83,8 +86,8 @@ class Progress:
     def elapsed(self) -> float:
         return time.monotonic() - self.begun
 
-    def finish(self, stage: str) -> None:
-        self.done.append(stage)
+    def finish(self, *stages: str) -> None:
+        self.done += stages
         self.path.write_text(json.dumps({"seconds": self.elapsed(), "done": self.done}))
 
 
@@ -126,7 +129,9 @@ def everything(
     progress, whole, failed = Progress(folder), 60 * minutes, []
     create(data, settings.data)
     with (folder / "data.log").open("a") as log:
-        artist = subprocess.Popen(command("data", minutes), stdout=log, stderr=subprocess.STDOUT)
+        artist = subprocess.Popen(
+            command("data", minutes), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def drawing() -> bool:
         return artist.poll() is None or complete(settings, data)
@@ -147,16 +152,18 @@ def everything(
             seconds = allowance(stage, whole, progress.elapsed(), spent)
             try:
                 steps = train(settings, stage, data, folder, teacher, machine, Budget(seconds))
-            except FAILURES as error:
+            except Exception as error:  # whatever it is, nobody is there, and the others' time must not be lost
+                traceback.print_exc()
                 report(folder, f"{stage} failed, plain steps in another process: {error!r}"[:500])
                 seconds = allowance(stage, whole, progress.elapsed(), spent)
                 if subprocess.run([*command(stage, seconds / 60), "--plain"], check=False).returncode:
                     failed.append(stage)
             else:
                 report(folder, f"{stage} ended after {steps} steps, {progress.elapsed():.0f} s in all")
-            progress.finish(stage)
+            progress.finish(*({stage} - set(failed)))
     finally:
-        artist.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(artist.pid, signal.SIGTERM)  # and its workers
         artist.wait()
     failed += finish(settings, folder, data, teacher, machine, command)
     report(folder, f"the end after {progress.elapsed():.0f} s; failed: {', '.join(failed) or 'nothing'}")
@@ -177,14 +184,16 @@ def finish(
     for name in settings.models:
         try:
             package(settings, name, folder, folder / "models" / name, torch.float16)
-        except FAILURES as error:
+        except Exception as error:
+            traceback.print_exc()
             report(folder, f"package {name} failed: {error!r}"[:500])
             failed.append(f"package {name}")
     try:
         measure(
             settings.measure, folder / "models", list(settings.models), data, teacher, machine, folder / "measure.json"
         )
-    except FAILURES as error:
+    except Exception as error:
+        traceback.print_exc()
         report(folder, f"measure failed, another process tries: {error!r}"[:500])
         if subprocess.run(command("measure", 1), check=False).returncode:
             failed.append("measure")

@@ -249,8 +249,8 @@ def _captured(training: Training, folder: Path, machine: Machine) -> tuple[Calla
     try:
         with torch.cuda.graph(graph):
             losses = training.step()
-    except RuntimeError as error:
-        _log(training, folder, {"event": f"plain steps, the capture failed: {str(error).splitlines()[0]}"})
+    except Exception as error:  # of whatever version of torch
+        _log(training, folder, {"event": f"plain steps, the capture failed: {error!r}"[:300]})
         torch.cuda.synchronize()
         return training.step, warm
 

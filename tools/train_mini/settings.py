@@ -22,9 +22,16 @@ class DataSettings:
 
 
 def shared(batch: dict[str, int], total: int) -> dict[str, int]:
-    """Share `total` pictures among the kinds of a batch in its proportions, at least one of each."""
-    whole = sum(batch.values())
-    return {kind: max(1, round(count * total / whole)) for kind, count in batch.items()}
+    """Share `total` pictures among the kinds of a batch in its proportions, one of each at least; the first is largest.
+
+    Raises:
+        ValueError: If there are more kinds than pictures.
+    """
+    if total < len(batch):
+        raise ValueError(f"expected at least {len(batch)} pictures a step, one of each kind, got {total}")
+    first, *others = batch
+    parts = {kind: max(1, round(batch[kind] * total / sum(batch.values()))) for kind in others}
+    return {first: total - sum(parts.values()), **parts}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ def bench(
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each loads the models.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Precision of the models.")] = DType.auto,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Stream the blocks of large transformers.")] = False,
 ) -> None:
     """Run protections against attacks and write a row for every trial; `antidiffusion report` shows them."""
     with usage():
@@ -33,7 +34,8 @@ def bench(
             raise ValueError("expected a plan or --smoke, got both; leave one out")
         shipped = Path(str(resources.files("antidiffusion"))) / "bench" / ("smoke.toml" if smoke else "default.toml")
         chosen = Plan.read(plan or shipped, dataset)
-        load = partial(shared.load_surrogate, config=None, device=device, dtype=dtype, full_tuning=True)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "low_memory": low_memory}
+        load = partial(shared.load_surrogate, config=None, full_tuning=True, **options)
         total, failed = sum(1 for _ in chosen.trials()), 0
         with progress_bar() as bar:
             task = bar.add_task("trials", total=total)

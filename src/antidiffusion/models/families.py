@@ -1,6 +1,7 @@
 """The one list of model families: what their folders and files hold, and what makes a look-alike of each.
 
-A family is a module with `build(kind, dtype)` and a row here; nothing else names one.
+A family is a module with `build(scheduler, **parts)`, which returns a `Surrogate`, and a row here; nothing else names
+one.
 """
 
 from collections.abc import Callable, Mapping
@@ -95,6 +96,12 @@ class Family:
     plain: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     side: int | None = None
+
+    def class_of(self, part: str) -> tuple[str, str]:
+        """Return the library and the class of a part that has weights."""
+        if part in self.encoders:
+            return "transformers", self.encoders[part]
+        return "diffusers", self.denoiser[1] if part == self.denoiser[0] else "AutoencoderKL"
 
 
 def _unet_widths(configs: Configs) -> str | None:

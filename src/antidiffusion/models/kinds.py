@@ -1,32 +1,27 @@
-"""What kind of model a location holds, from configurations and headers alone, and its parts one by one."""
+"""What kind of model a location holds, from configurations and headers alone, before a weight is read."""
 
 import inspect
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from antidiffusion.models.families import FAMILIES, T5, Family
+from antidiffusion.models.families import FAMILIES, Family
 from antidiffusion.models.headers import (
     DOES_NOT_FIT,
     Header,
     WeightsError,
     check_numbers,
     family_of,
-    first_line,
     read_header,
     read_json,
-    read_tensors,
     said,
     unused,
     wrong_channels,
 )
-from antidiffusion.models.weights import Location, has_weights, variant, weight_files
+from antidiffusion.models.weights import Location, has_weights, weight_files
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # on a variance-preserving path
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -60,127 +55,6 @@ class Kind:
     @property
     def row(self) -> Family:
         return FAMILIES[self.family]
-
-    @cached_property
-    def factor(self) -> int:
-        """Pixels per latent position along a side."""
-        return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
-
-    def part(self, name: str, dtype: torch.dtype) -> Any:
-        """Read one part's weights: "vae", "unet", "transformer", "text_encoder", ...
-
-        Raises:
-            WeightsError: If a weight is missing, left over, of another shape or no number.
-        """
-        where = self.location.folder / name
-        try:
-            if self.header and self.header.find(self.row.held.get(name, "(?!)")):
-                where = self.header.file
-                module = _from_file(self, name, dtype)
-            else:
-                module = _from_folder(self, name, dtype)
-            if absent := [key for key, value in module.state_dict().items() if value.is_meta]:
-                raise ValueError(f"{len(absent)} tensors are missing, the first of them {absent[0]}")
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            if isinstance(error, WeightsError):
-                raise
-            raise WeightsError(
-                f"expected complete weights, got an error from {where}: {first_line(error)}; {DOES_NOT_FIT}"
-            ) from error
-        check_finite(module, name, where, dtype)
-        return module
-
-    def tokenizer(self, name: str) -> Any:
-        """Read one tokenizer: "tokenizer", "tokenizer_2", ..."""
-        import transformers
-
-        try:
-            tokenizer = getattr(transformers, self.tokenizers[name])
-            return tokenizer.from_pretrained(self.location.folder / name, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise WeightsError(
-                f"expected a tokenizer, got an error from {self.location.folder / name}: "
-                f"{first_line(error)}; {DOES_NOT_FIT}"
-            ) from error
-
-
-def _class_of(family: Family, name: str) -> tuple[str, str]:
-    """Return the library and the class of a part."""
-    if name in family.encoders:
-        return "transformers", family.encoders[name]
-    return "diffusers", family.denoiser[1] if name == family.denoiser[0] else "AutoencoderKL"
-
-
-def _from_file(kind: Kind, name: str, dtype: torch.dtype) -> Any:
-    import diffusers
-    import transformers
-    from diffusers.loaders import single_file_utils as original
-
-    assert kind.header is not None
-    library, class_name = _class_of(kind.row, name)
-    tensors, folder = read_tensors(kind.header, kind.row.held[name]), str(kind.location.folder)
-    options: dict[str, Any] = {"subfolder": name, "config": folder, "torch_dtype": dtype, "local_files_only": True}
-    try:
-        if library == "diffusers":
-            return getattr(diffusers, class_name).from_single_file(tensors, **options)
-        read = original.create_diffusers_t5_model_from_checkpoint
-        if class_name != T5:
-            read = original.create_diffusers_clip_model_from_ldm
-        encoder = read(getattr(transformers, class_name), checkpoint=tensors, **options)
-        encoder.tie_weights()  # T5's embedding stands in a file once
-        return encoder
-    except original.SingleFileComponentError as error:
-        raise ValueError(str(error)) from error
-
-
-def _from_folder(kind: Kind, name: str, dtype: torch.dtype) -> Any:
-    import diffusers
-    import transformers
-
-    library, class_name = _class_of(kind.row, name)
-    options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": dtype}
-    module, info = getattr(diffusers if library == "diffusers" else transformers, class_name).from_pretrained(
-        kind.location.folder,
-        subfolder=name,
-        variant=variant(kind.location.folder / name),
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **options,
-    )
-    # Both libraries fill what a file lacks with random numbers, drop what is left over, and only warn.
-    for what, key in (
-        ("missing", "missing_keys"),
-        ("left over", "unexpected_keys"),
-        ("of another shape", "mismatched_keys"),
-    ):
-        if names := sorted(str(found) for found in info.get(key) or () if not str(found).endswith("position_ids")):
-            raise ValueError(f"{len(names)} tensors are {what}, the first of them {names[0]}")
-    return module
-
-
-def check_finite(module: Any, part: str, where: Path, dtype: torch.dtype) -> None:
-    """Look at every weight.
-
-    Raises:
-        WeightsError: If one is NaN or infinite, with its name and what to do.
-    """
-    for name, value in module.state_dict().items():
-        if not value.is_floating_point() or value.numel() == 0:
-            continue
-        low, high = torch.aminmax(value)
-        if torch.isfinite(low) and torch.isfinite(high):
-            continue
-        overflow = dtype == torch.float16 and not torch.isnan(low)
-        remedy = (
-            "the weights are too large for float16: use bfloat16 or float32"
-            if overflow
-            else "a merge or a training run went wrong before the file was written: use another file of this model"
-        )
-        raise WeightsError(
-            f"expected finite weights, got {'NaN' if torch.isnan(low) else 'infinity'} in {name} of the {part} "
-            f"({where}); {remedy}"
-        )
 
 
 def classify(location: Location) -> Kind:
@@ -286,7 +160,7 @@ def _check_part(part: str, config: Mapping[str, Any], row: Family, folder: Path)
             f"expected floating-point weights, got quantised ones by {folder / 'config.json'}; "
             "give the float16, bfloat16 or float32 folder of the same model"
         )
-    library, name = _class_of(row, part)
+    library, name = row.class_of(part)
     if library == "transformers":
         return
     import diffusers

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from antidiffusion.failures import is_out_of_memory
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.headers import WeightsError, first_line, read_json
 from antidiffusion.models.kinds import Kind, classify
 from antidiffusion.models.latents import LatentSpaces, load_latents, names_latents
+from antidiffusion.models.parts import read_part, read_tokenizer
 from antidiffusion.models.precision import device_of, dtypes_of
 from antidiffusion.models.streaming import stream
 from antidiffusion.models.weights import locate
@@ -79,15 +81,15 @@ def load_protector(model: str, *, device: str | torch.device = "auto", **options
 
 def _parts(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `Surrogate` that are read from disk."""
-    vae = kind.part("vae", dtype)
+    vae = read_part(kind, "vae", dtype)
     if dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         vae = vae.float()  # the entry says that float16 overflows
     card = kind.location.folder / CARD
     return {
         "vae": vae,
-        "denoiser": kind.part(kind.row.denoiser[0], dtype),
-        "text_encoders": [kind.part(name, dtype) for name in kind.row.encoders if name in kind.configs],
-        "tokenizers": [kind.tokenizer(name) for name in kind.tokenizers],
+        "denoiser": read_part(kind, kind.row.denoiser[0], dtype),
+        "text_encoders": [read_part(kind, name, dtype) for name in kind.row.encoders if name in kind.configs],
+        "tokenizers": [read_tokenizer(kind, name) for name in kind.tokenizers],
         "size": kind.size,
     } | (read_json(card) if card.is_file() else {})
 
@@ -107,9 +109,9 @@ def trial(surrogate: Surrogate) -> None:
         embedding = replace(embedding, tokens=embedding.tokens[:, :8])  # T5 gives 512 of them
         n, t = surrogate.draw(z, generator)
         answer = surrogate.predict(n, t, embedding)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise WeightsError(
             f"expected a model that denoises a latent when it is told a text, got {type(error).__name__} from "
             f"{surrogate.name}: {first_line(error)}; name a base model of one of the families in the documentation"

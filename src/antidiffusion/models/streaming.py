@@ -83,7 +83,8 @@ class Parked:
             weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=self._device).expand(weight.shape)
 
     def _ran(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        wanted = torch.is_grad_enabled() and any(isinstance(o, Tensor) and o.requires_grad for o in output or ())
+        cut = output is None  # by an error, or by someone who has seen enough and will go back from inside the block
+        wanted = torch.is_grad_enabled() and (cut or any(isinstance(o, Tensor) and o.requires_grad for o in output))
         if wanted and not self._kept and self._depth == 1:
             self._kept = True  # called with gradient and not by `Alone`: a backward pass will read the weights
         else:

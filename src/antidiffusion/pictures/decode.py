@@ -35,6 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 
 MIN_SIDE = 64
 MAX_PIXELS = 100_000_000
+BAND = 256  # rows that are converted at a time
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 MEDIA = ("AVIF", "HEIF")
 NEEDS_HEIF = (
@@ -245,29 +246,39 @@ def _pixels(image: Image.Image, rawmode: str, notes: list[str]) -> tuple[Bytes, 
     icc = image.info.get("icc_profile")
     if "icc_profile" in image.info and not icc:
         notes.append("a broken ICC profile was dropped")
-    if image.mode.startswith("I"):
-        pixels, alpha = _grey16(image, rawmode, notes)
-    else:
-        if ";16" in rawmode and not rawmode.startswith("BGR"):  # BGR;16 is five or six bits a channel
-            notes.append("16 bits per channel were reduced to the upper 8")
-            if image.info.pop("transparency", None):
-                notes.append("a 16-bit transparent colour was dropped")
-        if rawmode in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the greys, not this one
-            image.info["transparency"] *= {"L;2": 85, "L;4": 17}[rawmode]
-        if image.mode == "CMYK":
-            notes.append("CMYK was converted to sRGB")
-            flat, icc = _to_srgb(image, icc, notes), srgb_profile()
-        elif image.mode == "F":
-            raise PictureError("expected 8 or 16 bits per channel, got floating point; save it as a 16-bit PNG")
+    if ";16" in rawmode and not image.mode.startswith("I") and not rawmode.startswith("BGR"):  # BGR;16 has 5 or 6 bits
+        notes.append("16 bits per channel were reduced to the upper 8")
+        if image.info.pop("transparency", None):
+            notes.append("a 16-bit transparent colour was dropped")
+    if rawmode in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the greys, not this one
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}[rawmode]
+    if image.mode == "F":
+        raise PictureError("expected 8 or 16 bits per channel, got floating point; save it as a 16-bit PNG")
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    mode += "A" if image.has_transparency_data else ""
+    width, height = image.size
+    pixels: Bytes | None = None
+    alpha: Bytes | None = None
+    for top in range(0, height, BAND):  # so that no copy at another type is as large as the picture
+        band = image.crop((0, top, width, min(top + BAND, height)))
+        if image.mode.startswith("I"):
+            array = _grey16(band, rawmode, notes, inverted=is_inverted(image))
+        elif image.mode == "CMYK":
+            array = np.asarray(_to_srgb(band, icc, notes))
         else:
-            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            mode += "A" if image.has_transparency_data else ""
-            flat = image if image.mode == mode else image.convert(mode)
-        array = np.atleast_3d(np.asarray(flat))
+            array = np.atleast_3d(np.asarray(band if band.mode == mode else band.convert(mode)))
         colours = array.shape[2] - 1 + array.shape[2] % 2
-        pixels = np.ascontiguousarray(array[..., :colours])
-        alpha = array[..., colours].copy() if colours < array.shape[2] else None
-    if pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
+        if pixels is None:
+            pixels = np.empty((height, width, colours), np.uint8)
+            alpha = np.empty((height, width), np.uint8) if colours < array.shape[2] else None
+        pixels[top : top + BAND] = array[..., :colours]
+        if alpha is not None:
+            alpha[top : top + BAND] = array[..., colours]
+    assert pixels is not None, "a picture has rows"
+    if image.mode == "CMYK":
+        notes.append("CMYK was converted to sRGB")
+        icc = srgb_profile()
+    if pixels.shape[2] == 3 and all((pixels[..., 0] == pixels[..., k]).all() for k in (1, 2)):
         pixels = pixels[..., :1].copy()
     if alpha is not None and alpha.min() == 255:
         alpha = None
@@ -288,18 +299,18 @@ def _checked_profile(icc: bytes, own: str, notes: list[str]) -> bytes | None:
     return bare
 
 
-def _grey16(image: Image.Image, rawmode: str, notes: list[str]) -> tuple[Bytes, Bytes | None]:
-    """Round 12 or 16 bits of grey to 8; Pillow's own conversion clips them at 255."""
+def _grey16(image: Image.Image, rawmode: str, notes: list[str], *, inverted: bool) -> Bytes:
+    """Round 12 or 16 bits of grey to 8, `(H, W, 1)`, or 2 with alpha; Pillow's own conversion clips them at 255."""
     values = np.asarray(image)
     top = 4095 if rawmode == "I;12" else 65535
     if values.min() < 0 or values.max() > top:
         raise PictureError("expected 8 or 16 bits per channel, got 32 or signed ones; save it as a 16-bit PNG")
     notes.append(f"{top.bit_length()} bits of grey were rounded to 8")
     grey = ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-    if is_inverted(image):  # Pillow inverts up to 8 bits only
+    if inverted:  # Pillow inverts up to 8 bits only
         grey = 255 - grey
     clear = image.info.get("transparency")
-    return grey[..., None], None if clear is None else np.where(values == clear, 0, 255).astype(np.uint8)
+    return grey[..., None] if clear is None else np.dstack([grey, np.where(values == clear, 0, 255).astype(np.uint8)])
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:

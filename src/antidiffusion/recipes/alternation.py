@@ -1,7 +1,7 @@
 """The procedure of Anti-Diffusion: prompt tuning, surrogate tuning and ascent in turn."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
@@ -72,7 +72,7 @@ class Alternation:
 
         def loss() -> Loss:
             samplers = [posterior.sample for posterior in posteriors(groups, surrogate)]
-            return lambda random: denoising(surrogate, samplers, _without_absent(embedding))(random)
+            return denoising(surrogate, samplers, embedding)
 
         def tune_prompt() -> None:
             if not self.prompt_steps:
@@ -90,9 +90,3 @@ class Alternation:
             if left:
                 tune_prompt()
         return trace
-
-
-def _without_absent(embedding: Embedding) -> Embedding:
-    """Return the same embedding, with no gradient to tokens of zeros: they stand for a text encoder that is absent."""
-    present = (embedding.tokens != 0).any(-1, keepdim=True)
-    return embedding if present.all() else replace(embedding, tokens=embedding.tokens * present)
