@@ -13,7 +13,7 @@ here contains.
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ def check_attention() -> None:
         raise RuntimeError(f"expected {expected} TFLOP of attention, got {tera(fused)} fused and {tera(naive)} naive")
 
 
-def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusion) -> dict[str, float]:
-    """Return the TFLOP of one step of every stage, through the recipe's own code."""
+def our_works(
+    surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusion
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield every stage and its single step, by the recipe's own code; a step is to be called before the next one."""
     generator = torch.Generator().manual_seed(0)
     side = surrogate.size
     groups = [[Canvas(np.zeros((side, side, 3), np.uint8), (side, side), "meta")]]
@@ -85,23 +87,25 @@ def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusio
     )
     loss = denoising(surrogate, [posterior.sample for posterior in posteriors(groups, surrogate)], embedding)
 
-    def fit_step(parameters: list[torch.Tensor]) -> float:
+    def fit_step(parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
             parameter.requires_grad_()
-        result = tera(lambda: loss(generator).backward())
+        loss(generator).backward()
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-        return result
 
-    steps = {
-        ENCODING: tera(lambda: posteriors(groups, surrogate)),
-        PROMPT: fit_step([embedding.tokens]),
-        BALANCED: tera(lambda: gradient(objective, x, generator)),
-        PERTURBATION: tera(lambda: gradient(objective, x, generator)),
-    }
+    yield ENCODING, lambda: posteriors(groups, surrogate)
+    yield PROMPT, lambda: fit_step([embedding.tokens])
+    yield BALANCED, lambda: gradient(objective, x, generator)
+    yield PERTURBATION, lambda: gradient(objective, x, generator)
     with tunable(surrogate, "full" if official else recipe.tuning) as (weights, _):
-        return steps | {TUNING: fit_step(weights)}
+        yield TUNING, lambda: fit_step(weights)
+
+
+def our_steps(surrogate: Surrogate, recipe: AntiDiffusion | OfficialAntiDiffusion) -> dict[str, float]:
+    """Return the TFLOP of one step of every stage."""
+    return {stage: tera(work) for stage, work in our_works(surrogate, recipe)}
 
 
 def counts(recipe: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures, without their weights: what the cost benchmarks run on."""
+"""Stable Diffusion's and FLUX's architectures, without their weights: what the cost benchmarks run on."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from antidiffusion.models import flux, sd3
+from antidiffusion.models.joint import JointTransformer
 from antidiffusion.models.schedule import VP
 from antidiffusion.models.sd import StableDiffusion
 
@@ -69,6 +71,26 @@ SHAPES = {
 }
 
 
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+TRANSFORMERS: dict[str, tuple[str, Any, tuple[dict[str, int], ...], dict[str, Any]]] = {
+    # name, family, CLIPs (T5-XXL follows), what the transformer's configuration says
+    "sd3.5": (
+        "Stable Diffusion 3.5-medium",
+        sd3,
+        (VIT_L, VIT_BIG_G),
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "flux": ("FLUX.1 [dev]", flux, (VIT_L,), {"guidance_embeds": True}),
+}
+
+
 def divided(config: dict[str, Any], divisor: int) -> dict[str, Any]:
     """Return a configuration whose channels are `divisor` (a power of two) times fewer."""
     result = dict(config)
@@ -80,13 +102,14 @@ def divided(config: dict[str, Any], divisor: int) -> dict[str, Any]:
 
 
 class Ids:
-    """Stands in for CLIP's tokenizer, whose vocabulary is part of the weights: every prompt fills the window."""
+    """Stands in for a tokenizer, whose vocabulary is part of the weights: every prompt fills CLIP's window."""
 
     model_max_length = TOKENS
     input_ids: torch.Tensor
 
     def __call__(self, prompts: list[str], add_special_tokens: bool = True, **options: Any) -> "Ids":
-        self.input_ids = torch.zeros(len(prompts), TOKENS if add_special_tokens else TOKENS - 2, dtype=torch.int64)
+        length = options.get("max_length", TOKENS) if add_special_tokens else TOKENS - 2
+        self.input_ids = torch.zeros(len(prompts), length, dtype=torch.int64)
         return self
 
 
@@ -122,6 +145,44 @@ def build(version: str = "2.1", device: str = "meta", precision: str = "float32"
     tokenizers = [Ids() for _ in encoders]
     parts = (f"{shape.name} shape", vae, unet, encoders, tokenizers, schedule, shape.side)
     return StableDiffusion(*parts, autocast=torch.bfloat16 if mixed else None).to(device)
+
+
+def build_transformer(version: str, side: int) -> JointTransformer:
+    """Build a transformer's surrogate on the meta device in bfloat16: shapes only.
+
+    Arguments:
+        version: A key of `TRANSFORMERS`.
+        side: Of the pictures that it sees, in pixels.
+    """
+    from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    name, family, clips, config = TRANSFORMERS[version]
+    text, transformer = (
+        (CLIPTextModel, FluxTransformer2DModel)
+        if family is flux
+        else (CLIPTextModelWithProjection, SD3Transformer2DModel)
+    )
+    with torch.device("meta"):
+        encoders = [
+            text(CLIPTextConfig(**clip, max_position_embeddings=TOKENS, projection_dim=clip["hidden_size"]))
+            for clip in clips
+        ]
+        encoders.append(T5EncoderModel(T5Config(**T5_XXL, feed_forward_proj="gated-gelu", is_encoder_decoder=False)))
+        parts: dict[str, Any] = {
+            "vae": AutoencoderKL(
+                **VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+            ),
+            "denoiser": transformer(**config),
+            "text_encoders": encoders,
+        }
+    for module in (parts["vae"], parts["denoiser"], *encoders):
+        module.to(torch.bfloat16)
+    scheduler = {"shift": 3.0, "use_dynamic_shifting": family is flux}
+    built: JointTransformer = family.build(
+        scheduler, name=f"{name} shape", tokenizers=[Ids() for _ in encoders], size=side, **parts
+    )
+    return built
 
 
 @torch.no_grad()

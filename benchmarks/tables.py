@@ -46,16 +46,23 @@ def ranked(rows: list[Row], attacks: Iterable[str]) -> list[tuple[list[Row], lis
     return found
 
 
+def counted(rows: Iterable[Row], attacks: Iterable[str]) -> list[str]:
+    """Return attacks with the number of items whose attack does what is asked unprotected, as headings."""
+    kept = sound(unpurified(rows))
+    return [f"{attack}, n = {len({row.unit for row in kept if row.attack == attack})}" for attack in attacks]
+
+
 def comparison() -> str:
     """README.md's."""
     attacks = (*EDITS, "dreambooth", "lora")
     lines = []
-    for own, line in ranked(read_rows(RESULTS / "default" / "rows.jsonl"), attacks):
+    rows = read_rows(RESULTS / "default" / "rows.jsonl")
+    for own, line in ranked(rows, attacks):
         published = [row for row in own if row.kind == "protection"]
         portraits = [row for row in published if row.dataset == "defense-edit-synth"]
         timed = [row for row in published if row.item == TIMED]
         lines.append([*line, mean(portraits, "psnr", 1), mean(timed, "seconds", 0)])
-    return table(["recipe", RANK, *attacks, "PSNR", "s"], lines)
+    return table(["recipe", RANK, *counted(rows, attacks), "PSNR", "s"], lines)
 
 
 def replication() -> str:
@@ -66,7 +73,8 @@ def replication() -> str:
     for own, line in ranked(rows, attacks):
         both = [row for row in (*first, *own) if row.attack == "dreambooth" and row.recipe == line[0]]
         lines.append([*line, mean(both, "likeness")])
-    return table(["recipe", RANK, *attacks, "dreambooth, both runs"], lines)
+    people = len({row.item for row in (*first, *rows) if row.attack == "dreambooth"})
+    return table(["recipe", RANK, *counted(rows, attacks), f"dreambooth, both runs, n = {people}"], lines)
 
 
 def transfer() -> str:
@@ -79,7 +87,8 @@ def transfer() -> str:
     for name in LEADING:
         own = [[row for row in rows if (row.recipe, row.attack, row.attacker) == (name, *pair)] for pair in pairs]
         lines.append([name, *(mean(group, PRIMARY[group[0].kind]) for group in own)])
-    return table(["recipe", *(f"{attack} by {who}" for attack, who in pairs)], lines)
+    items = {attack: len({row.unit for row in rows if row.attack == attack}) for attack, _ in pairs}
+    return table(["recipe", *(f"{attack} by {who}, n = {items[attack]}" for attack, who in pairs)], lines)
 
 
 def half_clean() -> str:
@@ -89,7 +98,8 @@ def half_clean() -> str:
         [name, *(mean([r for r in rows if (r.recipe, r.setting) == (name, one)], "likeness") for one in settings)]
         for name in LEADING
     ]
-    return table(["recipe", *settings], lines)
+    people = len({row.unit for row in rows if row.attack})
+    return table(["recipe", *(f"{setting}, n = {people}" for setting in settings)], lines)
 
 
 def precision() -> str:
@@ -107,6 +117,17 @@ def precision() -> str:
                     [name, kind, *(mean(sound(group), PRIMARY[group[0].kind]) if group else "" for group in groups)]
                 )
     return table(["recipe", "protected in", *(f"{kind} by {attacker}" for kind, attacker in attacks)], lines)
+
+
+def detectability() -> str:
+    """A lower limit: better detectors exist."""
+    found = read("detectability")
+    judged = found["pictures"] - found["pictures"] // 2
+    lines = []
+    for name, row in found["auroc"].items():
+        decibel = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        lines.append([name, ", ".join(f"{value:.3f}" for value in row["by detector"]), decibel])
+    return table(["recipe", f"AUROC of three detectors, n = {judged}", "PSNR"], lines)
 
 
 def flops() -> str:
@@ -172,5 +193,6 @@ def engine() -> str:
 
 if __name__ == "__main__":
     protection, cost = (comparison, replication, transfer, half_clean, precision), (engine, flops, memory, forecast)
-    for make in (*protection, *cost, mini, encoder):
+    betrayed = (detectability,) if (RESULTS / "detectability.json").exists() else ()
+    for make in (*protection, *betrayed, *cost, mini, encoder):
         print(f"### {make.__name__}\n\n{make()}")

@@ -23,6 +23,7 @@ from antidiffusion.models.latents import LatentSpaces
 from antidiffusion.pictures.budget import Linf
 from antidiffusion.pictures.canvas import Canvas
 from antidiffusion.pictures.picture import Picture
+from antidiffusion.recipes.semantic import divergence
 
 MARK = "protected_by"  # a field of `antidiffusion.pictures.metadata`
 HELD_OUT_PROMPT = "a photo of a person"  # no recipe tunes on it
@@ -127,8 +128,9 @@ def effect(surrogate: Surrogate, clean: Tensor, protected: Tensor, seed: int) ->
         seed: Of the noise; another stream than the recipes'.
 
     Returns:
-        Denoising loss before and after with a held-out prompt and their ratio; share of the cross-attention mass that
-        moved to another token (total variation, 0 to 1), and the begin-of-text token's share before and after.
+        Denoising loss before and after with a held-out prompt and their ratio; share of the attention mass that moved
+        to another token of the text, or to the picture where these share one softmax (total variation, 0 to 1); and the
+        share of the text's first token, which only CLIP has for a beginning, before and after.
 
     Raises:
         NotFiniteError: If the model's answers are no numbers.
@@ -155,7 +157,7 @@ def effect(surrogate: Surrogate, clean: Tensor, protected: Tensor, seed: int) ->
         "denoising_loss_before": losses[0],
         "denoising_loss_after": losses[1],
         "denoising_loss_ratio": losses[1] / losses[0] if losses[0] else None,
-        "attention_mass_moved": ((attention[0] - attention[1]).abs().sum(-1).mean() / 2).item(),
+        "attention_mass_moved": divergence(attention[1], attention[0]).mean().item(),
         "begin_token_share_before": attention[0][..., 0].mean().item(),
         "begin_token_share_after": attention[1][..., 0].mean().item(),
     }

@@ -277,8 +277,8 @@ def test_wrong_pictures_are_refused(name: str, tiny: Surrogate, x: Tensor) -> No
         *(partial(median, size=size) for size in (0, 2, -1)),
         *(partial(noise, sigma=sigma) for sigma in (-0.1, 8)),
         *(partial(bit_depth, bits=bits) for bits in (0, 9)),
-        *(partial(diffpure, t=t, steps=steps) for t, steps in ((0, 1), (1000, 10), (150, 0), (150, 14), (150, 1))),
-        *(partial(gridpure, **options) for options in ({"rounds": 0}, {"gamma": 1.1}, {"gamma": -0.1}, {"t": 7})),
+        *(partial(diffpure, t=t, steps=steps) for t, steps in ((0, 1), (1000, 10), (150, 0), (150, 14), (150, 151))),
+        *(partial(gridpure, **options) for options in ({"rounds": 0}, {"gamma": 1.1}, {"gamma": -0.1}, {"t": 1000})),
     ],
     ids=lambda purifier: f"{purifier.func.__name__}{purifier.keywords}",
 )

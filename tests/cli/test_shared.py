@@ -19,7 +19,8 @@ DRAWING = ["--steps", "1", "-o", "out.png"]
 def loadings(monkeypatch: pytest.MonkeyPatch, tiny: Surrogate) -> list[dict[str, Any]]:
     """What models are loaded with; each is a tiny one."""
     options: list[dict[str, Any]] = []
-    monkeypatch.setattr(antidiffusion.models.loading, "load", lambda model, **given: options.append(given) or tiny)
+    for loader in ("load", "load_protector"):
+        monkeypatch.setattr(antidiffusion.models.loading, loader, lambda model, **given: options.append(given) or tiny)
     return options
 
 
@@ -42,7 +43,8 @@ def test_what_the_loader_is_told(
 ) -> None:
     run = cli(*command, "--model", "large", "--device", "cpu")
     assert run.code == 0, run.err
-    assert loadings == [{"device": "cpu", "dtype": dtype, "full_tuning": full_tuning, "config": None}]
+    told = [(given["device"], given["dtype"], given["full_tuning"]) for given in loadings]
+    assert told == [("cpu", dtype, full_tuning)]
 
 
 def test_what_is_loaded_is_never_collected(

@@ -40,11 +40,11 @@ def test_it_tells_edited_pictures_from_untouched_ones(network: Attributes, items
 
 
 def test_it_sees_the_whole_picture_alike_at_twice_the_size(network: Attributes, items: list[Item]) -> None:
-    """Colours and glasses survive; what is small in the kernels' eyes need not."""
+    """It judges at the scale that it was trained on."""
     worn = [item for item in items if item.category in ("background", "clothing")]
     x = pictures([item.edited for item in worn])
     larger = torch.nn.functional.interpolate(x, scale_factor=2, mode="bicubic", antialias=True).clamp(0, 1)
-    assert success(network, worn, larger) > 0.7
+    assert success(network, worn, larger) >= success(network, worn, x) - 0.02
 
 
 def test_a_picture_is_itself_alone_and_at_any_size(network: Attributes) -> None:

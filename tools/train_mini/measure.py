@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from train_mini.faces import faces_found
 from train_mini.loop import Machine
 from train_mini.pictures import dead_leaves, letters
 from train_mini.settings import MeasureSettings
+from train_mini.train_attributes import PROMPTED, stated
 
 UNSEEN = 10_000_000  # index of the first texture that no run trains on
 
@@ -98,9 +98,6 @@ def sensitivity(spaces: Spaces, x: Tensor, settings: MeasureSettings, generator:
 
 def drawing(surrogate: Surrogate, data: Path, settings: MeasureSettings, sheet: Path) -> dict[str, object]:
     """Draw the captions of held-out people; return how many samples show a face and the attributes asked for."""
-    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the words that captions use are read there
-    from attributes import PROMPTED, stated
-
     store = Store(data, "held")
     rows = store.rows()
     prompts = (store.texts(rows) * (1 + settings.samples // len(rows)))[: settings.samples]

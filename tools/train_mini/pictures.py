@@ -43,17 +43,19 @@ def fill(rng: Generator) -> Floats:
     return (wave[..., None] * rng.uniform(5, 60, 3)).astype(np.float32)
 
 
-def leaf(rng: Generator) -> Floats:
-    """Draw the coverage (SIZE, SIZE, 1) of an ellipse, rectangle or triangle, in [0, 1], with a soft edge."""
+def leaf(rng: Generator) -> tuple[tuple[slice, slice], Floats]:
+    """Draw where a leaf is, and its coverage there: an ellipse, rectangle or triangle, in [0, 1], with a soft edge."""
     low, high = SMALLEST**-2, LARGEST**-2
     radius = (low + rng.uniform() * (high - low)) ** -0.5  # inverse of the power law's distribution
     angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.5, 2.5)
-    dx, dy = X - rng.uniform(0, SIZE), Y - rng.uniform(0, SIZE)
+    x, y, reach = rng.uniform(0, SIZE), rng.uniform(0, SIZE), 4 * radius + 3  # a triangle's tip is the farthest
+    place = tuple(slice(max(0, int(middle - reach)), int(middle + reach) + 1) for middle in (y, x))
+    dx, dy = X[place] - x, Y[place] - y
     u = dx * np.cos(angle) + dy * np.sin(angle)
     v = (dy * np.cos(angle) - dx * np.sin(angle)) * squeeze
     distances = (np.hypot(u, v), np.maximum(abs(u), abs(v)), np.maximum(-v, abs(u) * 0.87 + v * 0.5))
     edge = rng.uniform(0.7, 2.5)
-    return np.clip((radius - distances[rng.integers(3)]) / edge + 0.5, 0, 1)[..., None].astype(np.float32)
+    return place, np.clip((radius - distances[rng.integers(3)]) / edge + 0.5, 0, 1)[..., None].astype(np.float32)
 
 
 def dead_leaves(index: int) -> NDArray[np.uint8]:
@@ -63,9 +65,11 @@ def dead_leaves(index: int) -> NDArray[np.uint8]:
     base = base + rng.uniform(30, 225, 3).astype(np.float32)
     fills = [fill(rng) for _ in range(5)]
     for _ in range(int(rng.integers(10, 160))):
-        cover = leaf(rng)
-        base += cover * (rng.uniform(0, 255, 3).astype(np.float32) + fills[rng.integers(len(fills))] - base)
-    return np.clip(base, 0, 255).astype(np.uint8)
+        place, cover = leaf(rng)
+        colour = rng.uniform(0, 255, 3).astype(np.float32)
+        base[place] += cover * (colour + fills[rng.integers(len(fills))][place] - base[place])
+    grey = base.mean(-1, keepdims=True)  # photos are less colourful than independent channels
+    return np.clip(grey + rng.uniform(0.15, 1) * (base - grey), 0, 255).astype(np.uint8)
 
 
 def letters(index: int) -> NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """The one list of model families: what their folders and files hold, and what makes a look-alike of each.
 
-A family is a module with `build(kind, dtype)` and a row here; nothing else names one.
+A family is a module with `build(scheduler, **parts)`, which returns a `Surrogate`, and a row here; nothing else names
+one.
 """
 
 from collections.abc import Callable, Mapping

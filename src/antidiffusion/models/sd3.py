@@ -54,10 +54,10 @@ class StableDiffusion3(JointTransformer):
         These zeros would take most of it, and a prompt tuned there is one that no text gives.
         """
         told = embedding.expand(len(z_t))
-        assert told.pooled is not None  # `embed` always gives it
         if len(self.text_encoders) == 2:
             clip = self.tokenizers[0].model_max_length
             told = replace(told, tokens=torch.cat([told.tokens[:, :clip], told.tokens[:, clip:].detach()], 1))
+        assert told.pooled is not None  # `embed` always gives it
         with self._computing():
             output = self.denoiser(
                 z_t.to(self.dtype),
