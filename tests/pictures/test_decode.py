@@ -23,7 +23,7 @@ from picture_files import (
     srgb_icc,
     stored,
 )
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, WebPImagePlugin
 
 from antidiffusion.pictures.picture import READABLE, Picture, PictureError, linf
 
@@ -269,3 +269,13 @@ def test_bands_join_without_a_seam(mode: str) -> None:
     shown = np.asarray(image.convert({"P": "RGB", "CMYK": "RGB"}.get(mode, mode))).reshape(600, 64, -1)
     assert np.array_equal(picture.pixels, shown[..., :3])
     assert picture.alpha is None or np.array_equal(picture.alpha, shown[..., 3])
+
+
+def test_too_little_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: Any) -> None:
+        raise MemoryError
+
+    buffer = BytesIO()
+    RGB.save(buffer, "WEBP")
+    monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "load", empty)
+    assert "enough memory" in refusal(lambda: Picture.read(BytesIO(buffer.getvalue())))

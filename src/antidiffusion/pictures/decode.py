@@ -92,8 +92,10 @@ def decode(file: BinaryIO, *, keep_location: bool) -> Decoded:
             pixels, alpha, icc = _pixels(image, rawmode, notes)
             pixels, alpha = _upright(pixels, turned), None if alpha is None else _upright(alpha, turned)
             name = "JPEG" if image.format == "MPO" else str(image.format)
-    except (PictureError, MemoryError):
+    except PictureError:
         raise
+    except MemoryError as error:
+        raise PictureError("expected enough memory to decode it, got none left; scale it down first") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         raise PictureError(_sentence(error, file)) from error
     return Decoded(pixels, alpha, icc, metadata, name, tuple(dict.fromkeys(notes)))
