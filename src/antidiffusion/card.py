@@ -101,10 +101,10 @@ def measured(
 
 
 def middle(x: Tensor) -> Tensor:
-    """Cut the middle out of a picture `(1, 3, H, W)`, at most `SEEN` pixels on a side: the eye's measure is slow."""
+    """Cut the middle out of a picture `(1, 1 or 3, H, W)`, at most `SEEN` pixels a side, in colour: seeing is slow."""
     height, width = x.shape[-2:]
     top, left = max(0, height - SEEN) // 2, max(0, width - SEEN) // 2
-    return x[..., top : top + SEEN, left : left + SEEN]
+    return x[..., top : top + SEEN, left : left + SEEN].expand(-1, 3, -1, -1)
 
 
 def latent_effect(
