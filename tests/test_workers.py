@@ -38,17 +38,17 @@ def broken(folder: str) -> Surrogate:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six starts of a process
 def test_several_processes_give_the_same_bytes_and_survive_one_that_dies(
     photos: Path, sd15: Any, tiny: Surrogate
 ) -> None:
-    for number in range(3):
-        draw(photos / f"c{number}.png", 5 + number)
+    draw(photos / "c.png", 5)
     draw(photos / "wide.png", 9, width=256)  # 128 at the model's size
     jobs = plan([photos], Path("out")).jobs
     found = {o.job.source.name: o for o in spread(jobs, Settings(RandomSign()), partial(deadly, str(sd15.folder)), 2)}
     assert {name: o.kind for name, o in found.items() if o.kind == "failed"} == {"wide.png": "failed"}
     assert "got one that was killed twice" in str(found["wide.png"].error)
-    assert len(found) == len(jobs) == 6
+    assert len(found) == len(jobs) == 4
     assert not [path for path in Path("out").rglob("*") if path.name.startswith(".")]
     alone = plan([photos], Path("alone")).jobs
     for outcome in run([job for job in alone if job.source.name != "wide.png"], Settings(RandomSign()), tiny):

@@ -38,29 +38,32 @@ def spread(jobs: Sequence[Job], settings: Settings, load: Load, count: int) -> I
     # As many threads as one process would have the cores for, unless the environment says it.
     threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // count)
     try:
-        while unsure := (yield from _pool(todo, settings, load, threads, count)):
+        while unsure := (yield from _pool(todo, settings, load, threads, count, AHEAD)):
+            suspects = iter(unsure)
             clear(jobs)
-            for group in unsure:
-                if (yield from _pool(iter([group]), settings, load, threads, 1)):
-                    clear(jobs)
-                    got = "one that was killed twice, perhaps for its memory"
-                    error = RuntimeError(f"expected a process that ends by itself, got {got}; try a smaller --side")
-                    yield from [failed(job, error) for job in group]
+            while died := (yield from _pool(suspects, settings, load, threads, 1, 1)):
+                clear(jobs)
+                got = "one that was killed twice, perhaps for its memory"
+                error = RuntimeError(f"expected a process that ends by itself, got {got}; try a smaller --side")
+                yield from [failed(job, error) for group in died for job in group]
     finally:  # what was killed with the pool
         clear(jobs)
 
 
 def _pool(
-    todo: Iterator[Group], settings: Settings, load: Load, threads: int, count: int
+    todo: Iterator[Group], settings: Settings, load: Load, threads: int, count: int, ahead: int
 ) -> Generator[Outcome, None, list[Group]]:
-    """Work through `todo` until a process dies; return the groups of which it is not known what became of them."""
+    """Work through `todo` until a process dies; return the groups of which it is not known what became of them.
+
+    With one process and one group ahead, that is the group that killed it.
+    """
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, context, _begin, (settings, load, threads))
     running: dict[Future[list[Outcome]], Group] = {}
     try:
         while True:
-            while len(running) < AHEAD * count and (group := next(todo, None)) is not None:
+            while len(running) < ahead * count and (group := next(todo, None)) is not None:
                 try:
                     running[pool.submit(_perform, group)] = group
                 except BrokenProcessPool:

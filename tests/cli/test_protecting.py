@@ -56,7 +56,7 @@ def test_version() -> None:
 
 
 def test_text(loaded: Path) -> None:
-    run = cli("protect", "photos", *CONTROL)
+    run = cli("protect", "photos", *CONTROL, "--model", "mini")
     assert run.code == 0
     lines = run.out.splitlines()
     assert [line for line in lines if not line.startswith("  ")] == [f"photos-protected/{n}.png" for n in "ab"]
@@ -381,7 +381,7 @@ def test_what_stops_a_program_is_like_ctrl_c(here: Path, name: str) -> None:
     Path("out").mkdir()
     draw(os.fsdecode(b"out/\xff.png"))
     process = subprocess.Popen(
-        [*PROGRAM, "protect", first, "photos/b.png", "--steps", "1000", "-o", "out", "--log", "log"],
+        [*PROGRAM, "protect", first, "photos/b.png", "--model", "mini", "--steps", "1000", "-o", "out", "--log", "log"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=QUIET,
