@@ -145,7 +145,11 @@ def stages(surrogate: Surrogate) -> Iterator[tuple[str, Callable[[], Any]]]:
             surrogate.predict(z, t, embedding)
 
     yield EMBEDDING, lambda: surrogate.embed([""])
-    yield from ((s, work) for s, work in flops.our_works(surrogate, RECIPES["anti-diffusion"]) if s in STAGES)
+    for stage, work in flops.our_works(surrogate, RECIPES["anti-diffusion"]):
+        if stage == flops.BALANCED:
+            work()  # the first step also encodes the clean picture
+        elif stage in STAGES:
+            yield stage, work
     yield CARD, card
 
 
