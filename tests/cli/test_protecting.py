@@ -92,7 +92,7 @@ def test_freed_memory_is_kept_unless_memory_is_low(
 
 def test_the_note_about_mini(loaded: Path) -> None:
     for _ in range(2):
-        assert MINI_NOTE in cli("protect", "photos/a.png", *CONTROL, "--overwrite").err
+        assert MINI_NOTE in cli("protect", "photos/a.png", *CONTROL, "--overwrite", "--model", "mini").err
     assert cli("protect", "photos/a.png", *CONTROL, "--overwrite", "--model", "other").err == ""
 
 
