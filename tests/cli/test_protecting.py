@@ -450,10 +450,10 @@ def test_a_dry_run_writes_nothing(loaded: Path) -> None:
     assert sorted(Path().rglob("*.png")) == [Path("photos/a.png"), Path("photos/b.png")]
 
 
-def test_a_dry_run_knows_two_recipes(unused: Path) -> None:
+def test_a_dry_run_knows_few_recipes(unused: Path) -> None:
     run = cli("protect", "photos", *CONTROL, "--dry-run")
     assert (run.code, run.out) == (2, "")
-    assert "expected --dry-run with anti-diffusion or official, got random-sign" in run.err
+    assert "expected --dry-run with anti-diffusion, latents or official, got random-sign" in run.err
 
 
 def test_a_dry_run_survives_a_broken_picture_and_knows_what_is_done(loaded: Path) -> None:
