@@ -27,7 +27,6 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
 from antidiffusion.pictures.picture import Picture, PictureError, linf
-from antidiffusion.protection import versions
 
 HERE = Path(__file__).parent
 LIMIT = 1_000_000_000  # bytes of a worker's memory
@@ -283,37 +282,45 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def attempt(path: Path, folder: str) -> tuple[str, str]:
+    """Read a file and write what it shows; return what became of it, and what was said."""
+    try:
+        picture, outcome = Picture.read(path), "read"
+        large = picture.pixels.size > 10_000_000  # two such pictures would not fit
+        for kind in ("png",) if large else ("png", "webp", "tiff", "bmp"):
+            target = Path(folder, f"out.{kind}")
+            try:
+                picture.write(target, overwrite=True)
+            except PictureError:  # BMP holds no metadata
+                continue
+            if not large and linf(Picture.read(target), picture):
+                outcome = "written with other pixels"
+        return outcome, ""
+    except PictureError as error:
+        said = str(error)
+        parts = all(part in said for part in ("expected ", ", got ", "; "))
+        return "refused in a sentence" if parts and "\n" not in said else "refused otherwise", said
+    except MemoryError:
+        return "out of memory", traceback.format_exc()
+    except BaseException:
+        return "traceback", traceback.format_exc()
+
+
 def serve(pipe: Connection, folder: str) -> None:
-    """Read the files that are named, within the memory limit, and say what became of each."""
+    """Attempt the files that are named, within the memory limit, and say what became of each."""
     room = memory("VmData") + LIMIT - memory("VmRSS")
     resource.setrlimit(resource.RLIMIT_DATA, (room, room))
     for path in iter(pipe.recv, None):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        try:
-            picture, outcome, said = Picture.read(path), "read", ""
-            for kind in ("png", "webp", "tiff", "bmp") if picture.pixels.size < 10_000_000 else ("png",):
-                target = Path(folder, f"out.{kind}")
-                try:
-                    picture.write(target, overwrite=True)
-                except PictureError:  # BMP holds no metadata
-                    continue
-                if linf(Picture.read(target), picture):
-                    outcome = "written with other pixels"
-        except PictureError as error:
-            said = str(error)
-            parts = all(part in said for part in ("expected ", ", got ", "; "))
-            outcome = "refused in a sentence" if parts and "\n" not in said else "refused otherwise"
-        except MemoryError:
-            outcome, said = "out of memory", traceback.format_exc()
-        except BaseException:
-            outcome, said = "traceback", traceback.format_exc()
-        pipe.send((outcome, said, memory("VmHWM")))
+        pipe.send((*attempt(path, folder), memory("VmHWM")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "hostile.json")
     args = parser.parse_args()
+    from antidiffusion.protection import versions  # not in the workers: torch takes memory
+
     begun, counts, families = time.perf_counter(), Counter[str](), Counter[str]()
     peak, failures, slowest = ("", 0), list[str](), ("", 0.0)
     context = multiprocessing.get_context("spawn")

@@ -9,9 +9,10 @@ transformer, the encoder of the autoencoder, and the text encoders and the decod
     python benchmarks/joint.py
 """
 
+import gc
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,11 +31,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from antidiffusion.models.attention import record_attention
 from antidiffusion.models.base import Surrogate
-from antidiffusion.models.memory import checkpointed, recomputed
+from antidiffusion.models.memory import recomputed
+from antidiffusion.models.streaming import streamed
 from antidiffusion.recipes import PERTURBATION, RECIPES, TUNING
 
 RESULTS = Path(__file__).parent / "results" / "joint.json"
-SIDES = (512, 1024)
+SIDES = (1024, 512)
 GB = 1e9
 EMBEDDING, CARD = "embedding", "one answer for the card"
 STAGES = (PERTURBATION, TUNING)
@@ -58,13 +61,23 @@ class Fused(torch.autograd.Function):
         return tuple(torch.empty_like(argument) for argument in ctx.saved_tensors[:3])
 
 
-class Alive(TorchDispatchMode):
-    """Follow the bytes of the tensors that are made inside and still alive; those of weights are counted apart."""
+def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Attend as `Fused`, unless somebody watches."""
+    if has_torch_function((query,)):
+        return handle_torch_function(fused, (query,), query, key, value, **options)
+    return Fused.apply(query, key, value)
 
-    def __init__(self, surrogate: Surrogate) -> None:
+
+class Alive(TorchDispatchMode):
+    """Follow the bytes of the tensors that are made inside and still alive.
+
+    Arguments:
+        weights: Tensors that are counted apart.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        weights = [tensor for module in surrogate.modules for tensor in module.state_dict().values()]
         self.seen = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in weights})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,20 +94,24 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def measure(surrogate: Surrogate, work: Callable[[], Any]) -> tuple[float, float]:
-    """Return the GB of tensors alive at most while `work` runs, and its TFLOP."""
-    stock = F.scaled_dot_product_attention
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return Fused.apply(query, key, value)
-
-    F.scaled_dot_product_attention, Fused.flop = fused, 0
+def alive(weights: Iterable[Tensor], work: Callable[[], Any]) -> float:
+    """Return the GB of tensors alive at most while `work` runs."""
+    stock, Fused.flop = F.scaled_dot_product_attention, 0
+    gc.collect()
+    F.scaled_dot_product_attention = fused
     try:
-        with FlopCounterMode(display=False) as counter, Alive(surrogate) as mode:
+        with Alive(weights) as mode:
             work()
     finally:
         F.scaled_dot_product_attention = stock
-    return mode.peak / GB, (counter.get_total_flops() + Fused.flop) / 1e12
+    return mode.peak / GB
+
+
+def both(weights: Iterable[Tensor], work: Callable[[], Any]) -> tuple[float, float]:
+    """Return the GB alive and the TFLOP."""
+    with FlopCounterMode(display=False) as counter:
+        most = alive(weights, work)
+    return most, (counter.get_total_flops() + Fused.flop) / 1e12
 
 
 def size(module: nn.Module | None) -> float:
@@ -106,10 +123,14 @@ def size(module: nn.Module | None) -> float:
 
 @contextmanager
 def lean(surrogate: Surrogate) -> Iterator[None]:
-    """Recompute what `low_memory` recomputes; blocks are run anew from the same inputs, so as much is kept."""
+    """Protect with low memory, of which parking on disk is left out: on the meta device nothing moves."""
     residuals = [module for module in surrogate.vae.encoder.modules() if isinstance(module, ResnetBlock2D)]
-    with checkpointed(surrogate.denoiser, True), recomputed(residuals):
-        yield
+    moving, Tensor.cpu = Tensor.cpu, lambda tensor: tensor  # type: ignore[method-assign]
+    try:
+        with streamed(surrogate), recomputed(residuals):
+            yield
+    finally:
+        Tensor.cpu = moving  # type: ignore[method-assign]
 
 
 def stages(surrogate: Surrogate) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -131,9 +152,10 @@ def stages(surrogate: Surrogate) -> Iterator[tuple[str, Callable[[], Any]]]:
 def row(version: str, side: int) -> dict[str, Any]:
     """Count one model at one size."""
     surrogate = shapes.build_transformer(version, side)
-    plain = {stage: measure(surrogate, work) for stage, work in stages(surrogate)}
+    parts = [tensor.data for module in surrogate.modules for tensor in (*module.parameters(), *module.buffers())]
+    plain = {stage: both(parts, work) for stage, work in stages(surrogate)}
     with lean(surrogate):
-        low = {stage: measure(surrogate, work)[0] for stage, work in stages(surrogate)}
+        low = {stage: alive(parts, work) for stage, work in stages(surrogate)}
     block = max(map(size, surrogate.blocks))
     weights = {
         "transformer": size(surrogate.denoiser),
@@ -162,17 +184,16 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     flops.check_attention()
-    rows: dict[str, Any] = {}
-    for version, (name, *_) in shapes.TRANSFORMERS.items():
-        for side in SIDES:
-            rows[f"{name}, {side} px"] = values = row(version, side)
-            print(f"{name}, {side} px", json.dumps(values), flush=True)
-    document = {
+    document: dict[str, Any] = {
         "counted": "one picture, bfloat16, on the meta device; nothing was computed",
         "torch": torch.__version__,
-        "rows": rows,
+        "rows": {},
     }
-    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    for version, (name, *_) in shapes.TRANSFORMERS.items():
+        for side in SIDES:
+            document["rows"][f"{name}, {side} px"] = values = row(version, side)
+            print(f"{name}, {side} px", json.dumps(values), flush=True)
+            RESULTS.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

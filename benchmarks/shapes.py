@@ -74,6 +74,7 @@ SHAPES = {
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 TRANSFORMERS: dict[str, tuple[str, Any, tuple[dict[str, int], ...], dict[str, Any]]] = {
     # name, family, CLIPs (T5-XXL follows), what the transformer's configuration says
+    "flux": ("FLUX.1 [dev]", flux, (VIT_L,), {"guidance_embeds": True}),
     "sd3.5": (
         "Stable Diffusion 3.5-medium",
         sd3,
@@ -87,7 +88,6 @@ TRANSFORMERS: dict[str, tuple[str, Any, tuple[dict[str, int], ...], dict[str, An
             "qk_norm": "rms_norm",
         },
     ),
-    "flux": ("FLUX.1 [dev]", flux, (VIT_L,), {"guidance_embeds": True}),
 }
 
 

@@ -15,7 +15,8 @@ from latent_spaces import write as write_spaces
 from PIL import ExifTags, Image, ImageCms
 
 import antidiffusion.card
-from antidiffusion.card import HELD_OUT_PROMPT, effect
+from antidiffusion.card import HELD_OUT_PROMPT, effect, middle
+from antidiffusion.metrics.visibility import JUST_NOTICEABLE
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.latents import load_latents
 from antidiffusion.pictures.canvas import Canvas, view_size
@@ -188,6 +189,8 @@ def test_the_card_is_truthful(tmp_path: Path, tiny: Surrogate) -> None:
     decibel = 10 * math.log10(255**2 / np.square(clean - written).mean())
     assert card["fidelity"]["psnr"] == pytest.approx(decibel, abs=1e-3)
     assert 0 < card["fidelity"]["ssim"] < 1
+    assert 0 < card["fidelity"]["delta_e"] < card["fidelity"]["delta_e_95"] < card["fidelity"]["delta_e_99"]
+    assert card["fidelity"]["visible"] == (card["fidelity"]["delta_e_95"] > JUST_NOTICEABLE)
 
     size = view_size(90, 130, tiny.size, tiny.multiple)
     assert card["picture"] == {
@@ -344,3 +347,9 @@ def test_latent_spaces_suffice_for_some_recipes_only(tmp_path: Path) -> None:
     assert all(moved[name] > noise[name] > 0 for name in moved)
     with pytest.raises(ValueError, match=r"a whole model for the recipe aspl, .* a recipe of random-sign, latents"):
         protect([picture], "aspl", surrogate=spaces)
+
+
+def test_visibility_is_of_the_middle() -> None:
+    x = torch.arange(1200.0).expand(1, 3, 50, 1200)
+    assert middle(x)[0, 0, 0].tolist() == list(range(88, 1112))
+    assert middle(x).shape == (1, 3, 50, 1024)

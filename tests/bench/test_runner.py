@@ -154,20 +154,17 @@ def test_an_attack_that_fails_on_the_clean_picture_flags_its_rows(
     assert {tuple(row["flags"]) for row in rows if row["kind"] == "protection"} == {()}
 
 
-def test_a_process_that_dies_is_a_sentence_and_the_others_go_on(
-    tmp_path: Path, sd15: Checkpoint, tiny: Surrogate, one_thread: None
-) -> None:
-    plan, mark = Plan.read(write_plan(tmp_path, sd15.folder)), tmp_path / "died"
+def test_a_process_that_dies_is_a_sentence_and_the_others_go_on(tmp_path: Path, sd15: Checkpoint) -> None:
+    plan, mark = Plan.read(write_plan(tmp_path, sd15.folder, items=1)), tmp_path / "died"
     done = list(run(plan, tmp_path / "run", partial(load_or_die, mark), jobs=2))
     errors = [outcome for outcome in done if outcome.error]
     assert mark.exists() and errors
     assert any("got a worker process that died" in str(outcome.error) for outcome in errors)
     assert len(done) == len(list(plan.trials())) and any(outcome.row for outcome in done)
-    assert len(run_all(plan, tmp_path / "run", tiny)) == len(done)
 
 
 def test_processes_that_always_die_end_the_run(tmp_path: Path, sd15: Checkpoint) -> None:
-    plan = Plan.read(write_plan(tmp_path, sd15.folder))
+    plan = Plan.read(write_plan(tmp_path, sd15.folder, items=1))
     with pytest.raises(ValueError, match=r"got a worker process that died, .* it was tried 3 times"):
         list(run(plan, tmp_path / "run", partial(load_or_die, None), jobs=2))
 

@@ -23,7 +23,7 @@ from picture_files import (
     srgb_icc,
     stored,
 )
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, WebPImagePlugin
 
 from antidiffusion.pictures.picture import READABLE, Picture, PictureError, linf
 
@@ -249,3 +249,33 @@ def test_a_hundred_megapixels_are_read_without_a_warning(tmp_path: Path) -> None
 def test_the_smallest_side_is_64(tmp_path: Path) -> None:
     assert Picture.read(saved(tmp_path / "a.png", Image.new("RGB", (64, 64)))).pixels.shape[:2] == (64, 64)
     assert "got 63 x 64" in refusal(lambda: Picture.read(saved(tmp_path / "b.png", Image.new("RGB", (63, 64)))))
+
+
+def test_a_chunk_longer_than_its_file_takes_no_memory() -> None:
+    content = bytearray(png_of(smooth().reshape(70, -1), 8, 2, 80))
+    at = content.index(b"IDAT") - 4
+    content[at : at + 4] = b"\x7f\xff\xff\xff"
+    assert "ends within a chunk" in refusal(lambda: Picture.read(BytesIO(bytes(content))))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "CMYK", "L"])
+def test_bands_join_without_a_seam(mode: str) -> None:
+    """More rows than are converted at a time."""
+    image = Image.fromarray(noise(600, 64, 4), "RGBA").convert("RGB" if mode == "CMYK" else mode)
+    image = image.convert(mode)
+    buffer = BytesIO()
+    image.save(buffer, "TIFF")
+    picture = Picture.read(BytesIO(buffer.getvalue()))
+    shown = np.asarray(image.convert({"P": "RGB", "CMYK": "RGB"}.get(mode, mode))).reshape(600, 64, -1)
+    assert np.array_equal(picture.pixels, shown[..., :3])
+    assert picture.alpha is None or np.array_equal(picture.alpha, shown[..., 3])
+
+
+def test_too_little_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: Any) -> None:
+        raise MemoryError
+
+    buffer = BytesIO()
+    RGB.save(buffer, "WEBP")
+    monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "load", empty)
+    assert "enough memory" in refusal(lambda: Picture.read(BytesIO(buffer.getvalue())))

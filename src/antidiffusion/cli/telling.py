@@ -220,6 +220,8 @@ def summary(path: str, card: dict[str, Any]) -> str:
         printable(path),
         f"  budget     {budget['measured']}/255 measured on the written file, {allowed}",
         f"  fidelity   PSNR {number(fidelity['psnr'], '.1f')} dB, SSIM {number(fidelity['ssim'], '.3f')}",
+        f"  to the eye {fidelity['delta_e_95']:.1f} of CIELAB at the 95th percentile, 2.3 is just noticed: "
+        + ("visible side by side" if fidelity["visible"] else "not visible"),
         *effects(effect, number),
         f"  cost       {cost['seconds']:.1f} s, {cost['peak_memory_mb']} MB peak",
         f"  recipe     {card['recipe']['name']}, seed {card['seed']}, model {card['model']['name']} "

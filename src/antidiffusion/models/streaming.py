@@ -8,7 +8,7 @@ taken away again. A parked weight therefore reads as NaN.
 import errno
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,7 @@ class Alone(torch.autograd.Function):
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
         ctx.set_materialize_grads(False)
-        kind = next(value for value in inputs if isinstance(value, Tensor)).device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.computing = computing(next(value for value in inputs if isinstance(value, Tensor)).device.type)
         with parked:
             return block(*inputs)
 
@@ -128,15 +127,22 @@ class Alone(torch.autograd.Function):
             inputs[i] = value.detach().requires_grad_(ctx.needs_input_grad[3 + i])
         wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
         leaves = [*wanted, *(p for p in ctx.parameters if p.requires_grad)]
-        kind, dtype, enabled = ctx.autocast
         with ctx.parked:
-            with torch.enable_grad(), torch.autocast(kind, dtype, enabled=enabled):
+            with torch.enable_grad(), ctx.computing():
                 outputs = ctx.block(*inputs)
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
             answers, seeds = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(answers, leaves, seeds, allow_unused=True))
         given = [next(found) if isinstance(v, Tensor) and v.requires_grad else None for v in inputs]
         return None, None, None, *given, *(next(found) if p.requires_grad else None for p in ctx.parameters)
+
+
+def computing(kind: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a function that computes in today's precision again, inside a block."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return lambda: torch.autocast(kind, dtype, enabled=enabled)
 
 
 def stream(surrogate: Surrogate, device: torch.device) -> Callable[[], None]:

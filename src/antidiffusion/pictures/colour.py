@@ -4,6 +4,7 @@ References:
     ICC.1:2022 (profile version 4.4). PNG: W3C Portable Network Graphics (Third Edition), 2025. ITU-T H.273 (2024).
 """
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -176,13 +177,22 @@ def png_profile(chunks: dict[bytes, bytes], icc: bytes | None) -> bytes | None:
 
 
 def png_chunks(file: BinaryIO) -> dict[bytes, bytes]:
-    """Return the chunks of a PNG before its pixels, each at most 1 kB of content, without moving in the file."""
+    """Return a PNG's chunks by name, each at most 1 kB of its content, without moving in the file.
+
+    Raises:
+        PictureError: If a chunk says that it goes on behind the file's end: a reader would take memory for all of it.
+    """
     at, chunks = file.tell(), {}
-    file.seek(8)
-    while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+    end = file.seek(0, os.SEEK_END)
+    place = 8
+    while place + 8 <= end and b"IEND" not in chunks:
+        file.seek(place)
+        head = file.read(8)
         size = int.from_bytes(head[:4])
+        if place + 12 + size > end:
+            raise PictureError("expected a whole picture, got a PNG that ends within a chunk; copy it again")
         chunks[head[4:]] = file.read(min(size, 1024))
-        file.seek(max(0, size - 1024) + 4, 1)
+        place += 12 + size
     file.seek(at)
     return chunks
 

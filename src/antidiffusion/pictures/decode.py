@@ -92,8 +92,10 @@ def decode(file: BinaryIO, *, keep_location: bool) -> Decoded:
             pixels, alpha, icc = _pixels(image, rawmode, notes)
             pixels, alpha = _upright(pixels, turned), None if alpha is None else _upright(alpha, turned)
             name = "JPEG" if image.format == "MPO" else str(image.format)
-    except (PictureError, MemoryError):
+    except PictureError:
         raise
+    except MemoryError as error:
+        raise PictureError("expected enough memory to decode it, got none left; scale it down first") from error
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         raise PictureError(_sentence(error, file)) from error
     return Decoded(pixels, alpha, icc, metadata, name, tuple(dict.fromkeys(notes)))
@@ -254,11 +256,12 @@ def _pixels(image: Image.Image, rawmode: str, notes: list[str]) -> tuple[Bytes, 
         image.info["transparency"] *= {"L;2": 85, "L;4": 17}[rawmode]
     if image.mode == "F":
         raise PictureError("expected 8 or 16 bits per channel, got floating point; save it as a 16-bit PNG")
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    mode += "A" if image.has_transparency_data else ""
+    mode = "L" if image.mode in ("1", "L", "LA") or image.mode.startswith("I") else "RGB"
+    colours, mode = len(mode), mode + ("A" if image.has_transparency_data else "")
     width, height = image.size
-    pixels: Bytes | None = None
-    alpha: Bytes | None = None
+    pixels = np.empty((height, width, colours), np.uint8)
+    alpha = np.empty((height, width), np.uint8) if mode.endswith("A") else None
+    grey = True
     for top in range(0, height, BAND):  # so that no copy at another type is as large as the picture
         band = image.crop((0, top, width, min(top + BAND, height)))
         if image.mode.startswith("I"):
@@ -267,18 +270,14 @@ def _pixels(image: Image.Image, rawmode: str, notes: list[str]) -> tuple[Bytes, 
             array = np.asarray(_to_srgb(band, icc, notes))
         else:
             array = np.atleast_3d(np.asarray(band if band.mode == mode else band.convert(mode)))
-        colours = array.shape[2] - 1 + array.shape[2] % 2
-        if pixels is None:
-            pixels = np.empty((height, width, colours), np.uint8)
-            alpha = np.empty((height, width), np.uint8) if colours < array.shape[2] else None
         pixels[top : top + BAND] = array[..., :colours]
+        grey = grey and all(np.array_equal(array[..., 0], array[..., k]) for k in range(1, colours))
         if alpha is not None:
             alpha[top : top + BAND] = array[..., colours]
-    assert pixels is not None, "a picture has rows"
     if image.mode == "CMYK":
         notes.append("CMYK was converted to sRGB")
         icc = srgb_profile()
-    if pixels.shape[2] == 3 and all((pixels[..., 0] == pixels[..., k]).all() for k in (1, 2)):
+    if grey and colours == 3:
         pixels = pixels[..., :1].copy()
     if alpha is not None and alpha.min() == 255:
         alpha = None

@@ -4,10 +4,9 @@ import os
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
 import numpy as np
-import torch
 from PIL import Image, PngImagePlugin
 
 from antidiffusion.pictures.colour import icc_space
@@ -15,6 +14,9 @@ from antidiffusion.pictures.decode import MAX_PIXELS, MIN_SIDE, Bytes, decode
 from antidiffusion.pictures.errors import PictureError
 from antidiffusion.pictures.files import atomic, expect_new
 from antidiffusion.pictures.metadata import Metadata
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "MAX_PIXELS",
@@ -110,8 +112,10 @@ class Picture:
         pixels, alpha, icc, metadata, name, notes = decode(file, keep_location=keep_location)
         return cls(pixels, alpha, icc, metadata, source, name, notes)
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> "torch.Tensor":
         """Return the pixels as (1, C, H, W) float32 in [0, 1]."""
+        import torch  # here, so that files can be looked at without it
+
         return torch.from_numpy(self.pixels.transpose(2, 0, 1).copy())[None].float().div_(255)
 
     def with_pixels(self, pixels: Bytes) -> Self:
