@@ -47,7 +47,9 @@ def test_equals_a_plain_training_loop(checkpoint, surrogate: Surrogate, x: Tenso
     options: Any = {"steps": 3, "learning_rate": 1e-2}
     theirs = stock.train(pipe, parameters, [(1.0, x, lambda: embedding)], generator, **options)
     with LoRA(**options).tuned(x, PROMPT, surrogate, 5) as tuned:
-        torch.testing.assert_close(torch.tensor(tuned.losses), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(tuned.losses), torch.tensor(theirs), rtol=1e-4, atol=1e-6
+        )  # convolutions sum in an order of the processor
 
 
 def test_diffusers_draws_the_same_with_the_file(checkpoint, surrogate: Surrogate, x: Tensor, tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_files_that_do_not_fit(tiny: Surrogate, x: Tensor, tmp_path: Path) -> No
     refused("got an error")
     with LoRA(steps=1).tuned(x, PROMPT, tiny, 0) as tuned:
         tuned.save(tmp_path)
-        with pytest.raises(ValueError, match="expected a UNet without adapters, got tuning"), load_lora(tiny, tmp_path):
+        with pytest.raises(ValueError, match="expected a unet without adapters, got tuning"), load_lora(tiny, tmp_path):
             pass
         assert tiny.denoiser.peft_config
     state = load_file(tmp_path / FILE)
@@ -143,6 +145,6 @@ def test_adapters_are_not_stacked(tiny: Surrogate, x: Tensor, tmp_path: Path) ->
         tuned.save(tmp_path)
     with load_lora(tiny, tmp_path):
         loaded = list(tiny.denoiser.state_dict())
-        with pytest.raises(ValueError, match="expected a UNet without adapters, got default_0; take"):
+        with pytest.raises(ValueError, match="expected a unet without adapters, got default_0; take"):
             LoRA(steps=1)(x, Prompts(PORTRAIT, PROMPT), tiny, 0)
         assert list(tiny.denoiser.state_dict()) == loaded

@@ -83,7 +83,7 @@ def test_two_text_encoders_are_refused(surrogate: Surrogate, x: Tensor) -> None:
     if len(surrogate.text_encoders) == 1:
         assert attack(x, Prompts(PORTRAIT, PROMPT), surrogate, 0).isfinite().all()
     else:
-        with pytest.raises(ValueError, match="expected a model with one text encoder, got two; use LoRA"):
+        with pytest.raises(ValueError, match="expected a model with one text encoder, got 2; use LoRA or DreamBooth"):
             attack(x, Prompts(PORTRAIT, PROMPT), surrogate, 0)
 
 

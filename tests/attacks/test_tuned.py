@@ -68,7 +68,7 @@ def interrupt(after: int) -> Progress:
 def test_the_surrogate_comes_back_unchanged(tiny: Surrogate, x: Tensor, attack: Tuning, end: str) -> None:
     before, tokenizers = state(tiny), list(tiny.tokenizers)
     attack = replace(attack, gradient_checkpointing=True, steps=2 if end == "interrupt" else 1)
-    report = interrupt(attack._steps_before) if end == "interrupt" else silent
+    report = interrupt(attack._steps_before(tiny)) if end == "interrupt" else silent
     stop = pytest.raises(KeyboardInterrupt if end == "interrupt" else RuntimeError)
     with stop, attack.tuned(x, PROMPT, tiny, 0, progress=report):
         raise RuntimeError("stop")

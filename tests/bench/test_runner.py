@@ -164,7 +164,7 @@ def test_a_process_that_dies_is_a_sentence_and_the_others_go_on(tmp_path: Path, 
 
 
 def test_processes_that_always_die_end_the_run(tmp_path: Path, sd15: Checkpoint) -> None:
-    plan = Plan.read(write_plan(tmp_path, sd15.folder, items=1))
+    plan = Plan.read(write_plan(tmp_path, sd15.folder))
     with pytest.raises(ValueError, match=r"got a worker process that died, .* it was tried 3 times"):
         list(run(plan, tmp_path / "run", partial(load_or_die, None), jobs=2))
 

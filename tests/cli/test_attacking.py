@@ -67,7 +67,7 @@ def test_edit(loaded: Path, tiny: Surrogate, method: str) -> None:
         (["sdedits", "photos/a.png"], "expected a method of sdedit, "),
         (["masactrl", "photos/a.png", "--strength", "0.5"], "expected options of masactrl, got --strength"),
         (["sdedit", "photos/a.png", "--strength", "2"], "expected a strength in (0, 1]"),
-        (["sdedit", "photos/a.png", "--steps", "0"], "of 0 steps"),
+        (["sdedit", "photos/a.png", "--steps", "0"], "expected at least 1 step, got 0"),
         (["inpaint", "photos/a.png"], "expected --mask with inpaint"),
         (["sdedit", "photos/a.png", "--mask", "photos/b.png"], "expected --mask with inpaint and with no other"),
         (["sdedit", "photos/none.png"], "photos/none.png"),

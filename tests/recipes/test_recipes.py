@@ -138,7 +138,7 @@ def test_a_recipe_raises_what_it_says(mini: Surrogate, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["advdm", "mist"])
 def test_the_command_line_runs_a_baseline(loaded: Path, name: str) -> None:
-    result = cli("protect", "photos", "--recipe", name, "--steps", "1", "--together", "--format", "json")
+    result = cli("protect", "photos", "--recipe", name, "--steps", "1", "--together", "--json")
     assert result.code == 0, result.err
     cards = [json.loads(line) for line in result.out.splitlines()]
     assert [card["recipe"]["name"] for card in cards] == [name] * 2
@@ -238,7 +238,7 @@ def test_a_mask_that_does_not_fit(tiny: Surrogate, masked: Path) -> None:
 
 
 def test_the_command_line_takes_mask_and_luma(loaded: Path, masked: Path) -> None:
-    options = ("--recipe", "random-sign", "--mask", "mask.png", "--luma", "--format", "json")
+    options = ("--recipe", "random-sign", "--mask", "mask.png", "--luma", "--json")
     result = cli("protect", masked, *options)
     assert result.code == 0, result.err
     assert json.loads(result.out)["budget"]["luma"] and json.loads(result.out)["budget"]["mask_share"] < 0.5

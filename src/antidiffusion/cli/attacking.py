@@ -86,8 +86,8 @@ def edit(
         chosen = _choose(EDITS, method, {"--strength": strength, "--guidance": guidance, "--steps": steps})
         if (mask is not None) != (method == "inpaint"):
             raise ValueError("expected --mask with inpaint and with no other method; give it or leave it out")
-        surrogate = _prepare(output, overwrite, model, model_config, device, dtype, low_memory=low_memory)
         original = Picture.read(picture)
+        surrogate = _prepare(output, overwrite, model, model_config, device, dtype, low_memory=low_memory)
         region = None if mask is None else fitted_mask(Picture.read(mask), original, surrogate)
         with _offloaded(surrogate, low_memory), _reporting(f"editing with {method}") as progress:
             request = Prompts(prompt, source_prompt, region)
@@ -151,17 +151,17 @@ def attack(
         options |= {"--class-pictures": class_pictures, "--placeholder": placeholder}
         options |= {"--gradient-checkpointing": gradient_checkpointing or low_memory or None}
         chosen = _choose(TUNINGS, method, options)
-        found = []
+        originals = []
         for path in pictures:
             files, left = pictures_in(path)
-            found += files
+            originals += [Picture.read(file) for file in files]
             for other in left:
                 shared.say(f"left out: {other.path}: {other.reason}; {other.remedy}", style="yellow")
         if save is not None:
             expect_new(save, overwrite=overwrite)
         loading = {"full_tuning": chosen.full_tuning, "low_memory": low_memory}
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype, **loading)
-        x = torch.cat([squared(Picture.read(file), surrogate) for file in found])
+        x = torch.cat([squared(original, surrogate) for original in originals])
         with (
             _offloaded(surrogate, low_memory),
             _reporting(f"tuning with {method}") as progress,
