@@ -380,20 +380,24 @@ def test_what_stops_a_program_is_like_ctrl_c(here: Path, name: str) -> None:
     Path("photos/a.png").rename(first)
     Path("out").mkdir()
     draw(os.fsdecode(b"out/\xff.png"))
-    process = subprocess.Popen(
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with subprocess.Popen(
         [*PROGRAM, "protect", first, "photos/b.png", "--model", "mini", "--steps", "1000", "-o", "out", "--log", "log"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=QUIET,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits "ignore"
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith(r"failed: out/\udcff.png: expected a new file"):  # the second has begun
-            break
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=120)
+        preexec_fn=lambda: [signal.signal(stop, signal.SIG_DFL) for stop in stops],  # a job may inherit "ignore"
+    ) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(r"failed: out/\udcff.png: expected a new file"):  # the second has begun
+                    break
+            process.send_signal(getattr(signal, name))
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (130, "")
     assert "interrupted with 0 of 2 pictures finished" in err
     assert "Traceback" not in err
