@@ -42,6 +42,7 @@ class Kind:
         size: Side in pixels of the square that the model was trained on.
         tokenizers: Part -> class.
         header: Of the single file, or None.
+        told: Entries of model_index.json that the family's `build` takes.
     """
 
     location: Location
@@ -51,6 +52,7 @@ class Kind:
     size: int
     tokenizers: dict[str, str]
     header: Header | None
+    told: dict[str, Any]
 
     @property
     def row(self) -> Family:
@@ -106,6 +108,7 @@ def classify(location: Location) -> Kind:
         _size(configs, row, folder),
         {p: index[p][1] for p in present if p.startswith("tokenizer")},
         header,
+        {entry: index[entry] for entry in row.told if entry in index},
     )
 
 
@@ -136,7 +139,7 @@ def _parts(index: Mapping[str, Any], row: Family, folder: Path) -> list[str]:
             f"expected a base model, got a refiner or another model without its first text encoder: {folder}; "
             "name the base model that it refines"
         )
-    known: dict[str, tuple[str, ...]] = {row.denoiser[0]: (row.denoiser[1],), "vae": ("AutoencoderKL",)}
+    known: dict[str, tuple[str, ...]] = {row.denoiser[0]: (row.denoiser[1],), "vae": (row.vae,)}
     known |= {part: (kind,) for part, kind in row.encoders.items()} | dict(row.tokenizers)
     for part, kinds in known.items():
         name = _named(index, part)
