@@ -24,6 +24,7 @@ def build_pipeline(*, distilled: bool) -> Any:
         )
         vae.bn.running_mean.normal_()
         vae.bn.running_var.uniform_(0.5, 2)
+        vae.register_to_config(force_upcast=True)  # as published
         transformer = diffusers.Flux2Transformer2DModel(
             num_layers=2,
             num_single_layers=2,

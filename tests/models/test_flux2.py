@@ -15,6 +15,7 @@ from antidiffusion.attacks.lora import load_lora, save
 from antidiffusion.models.attention import record_attention
 from antidiffusion.models.base import Surrogate
 from antidiffusion.models.flux2 import Flux2Klein, Flux2KleinDistilled
+from antidiffusion.models.memory import low_memory
 from antidiffusion.models.sampling import sample
 from antidiffusion.models.tuning import adapted
 from antidiffusion.pictures.picture import Picture
@@ -56,6 +57,11 @@ def test_the_folder_says_whether_it_is_distilled(base: Surrogate, klein: Surroga
     assert (klein.channels, klein.factor, klein.multiple, klein.positions(64, 48)) == (128, 16, 16, 12)
 
 
+def test_the_autoencoder_is_never_in_float16(klein: Surrogate) -> None:
+    half = Surrogate.from_pretrained(klein.name, dtype="float16")
+    assert [next(module.parameters()).dtype for module in (half.vae, half.denoiser)] == [torch.float32, torch.float16]
+
+
 def test_embeddings_are_diffusers_and_what_is_cut_off_is_said(klein: Surrogate) -> None:
     prompts = [PROMPT, "b" * 510 + "!"]
     with pytest.warns(UserWarning, match="b!'"):  # "user" and its marks stand before
@@ -91,13 +97,21 @@ def test_text_to_image_is_diffusers(kind: str, request: pytest.FixtureRequest) -
     assert ours.std() > 0.01
 
 
-def test_gradients_reach_pixels_and_tokens(klein: Surrogate, x: Tensor) -> None:
-    leaf, told = x.clone().requires_grad_(), klein.embed([PROMPT])
+def gradients(model: Surrogate, x: Tensor) -> list[Tensor]:
+    leaf, told = x.clone().requires_grad_(), model.embed([PROMPT])
     told.tokens.requires_grad_()
-    z = klein.posterior(leaf).mean
-    loss = klein.denoising_loss(z, normal(*z.shape), torch.tensor([0.3, 0.8]), told).sum()
-    for gradient in torch.autograd.grad(loss, [leaf, told.tokens]):
-        assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
+    z = model.posterior(leaf).mean
+    loss = model.denoising_loss(z, normal(*z.shape), torch.tensor([0.3, 0.8]), told).sum()
+    return list(torch.autograd.grad(loss, [leaf, told.tokens]))
+
+
+def test_gradients_reach_pixels_and_tokens_with_little_memory_too(klein: Surrogate, x: Tensor) -> None:
+    plain = gradients(klein, x)
+    assert all(gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9 for gradient in plain)
+    with low_memory(klein):  # one block at a time; a single one answers with a tensor, not a tuple
+        again = gradients(klein, x)
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
 def test_maps_are_the_text_s_share_of_the_joint_softmax(klein: Surrogate) -> None:

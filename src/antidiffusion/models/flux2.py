@@ -97,8 +97,9 @@ class Flux2Klein(JointTransformer):
         read = self.tokenizers[0](
             texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(self.device)
-        states = self.text_encoders[0].model(**read, output_hidden_states=True, use_cache=False).hidden_states
-        return Embedding(torch.cat([states[layer] for layer in HIDDEN], -1).float())
+        # Called whole, since its weights may be fetched by that; of its answer's logits, none but one position's.
+        found = self.text_encoders[0](**read, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        return Embedding(torch.cat([found.hidden_states[layer] for layer in HIDDEN], -1).float())
 
     def predict(self, z_t: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         tokens, (height, width) = embedding.expand(len(z_t)).tokens, z_t.shape[-2:]

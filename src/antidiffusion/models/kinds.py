@@ -25,6 +25,7 @@ from antidiffusion.models.weights import Location, has_weights, weight_files
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # on a variance-preserving path
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PRECISION = {"force_upcast"}  # says what dtype to compute in; FLUX.2's has it, and its class does not know it
 # Parts of a folder that condition nothing and are never loaded.
 IDLE = {"safety_checker", "feature_extractor", "image_encoder", "watermark", "scheduler"}
 
@@ -179,7 +180,7 @@ def _check_part(part: str, config: Mapping[str, Any], row: Family, folder: Path)
                 )
     signature = inspect.signature(getattr(diffusers, name).__init__).parameters
     for entry, value in config.items():
-        if entry not in signature and not entry.startswith("_") and value:
+        if entry not in signature and entry not in PRECISION and not entry.startswith("_") and value:
             raise WeightsError(
                 f"expected entries that diffusers {diffusers.__version__} knows, got {entry} = {value!r} in {folder}; "
                 "update diffusers, or name another model"
