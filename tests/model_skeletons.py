@@ -110,6 +110,25 @@ FOLDERS: dict[str, dict[str, Any]] = {  # model_index.json's class, then part ->
         "tokenizer_2": ("T5TokenizerFast", {}),
         "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
     },
+    "flux2": {
+        "": "Flux2KleinPipeline",
+        "transformer": (
+            "Flux2Transformer2DModel",
+            {
+                "_class_name": "Flux2Transformer2DModel",
+                "in_channels": 128,
+                "joint_attention_dim": 96,
+                "guidance_embeds": False,
+            },
+        ),
+        "vae": (
+            "AutoencoderKLFlux2",
+            VAE | {"_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "sample_size": 1024},
+        ),
+        "text_encoder": ("Qwen3ForCausalLM", {"hidden_size": 32, "num_hidden_layers": 36}),
+        "tokenizer": ("Qwen2TokenizerFast", {}),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+    },
 }
 
 

@@ -93,6 +93,14 @@ REFUSED: dict[str, tuple[str, dict[str, dict[str, Any]], list[str]]] = {
     "other CLIP in FLUX": ("flux", {"text_encoder": {"hidden_size": 16}}, ["CLIP"]),
     "other T5 in FLUX": ("flux", {"text_encoder_2": {"d_model": 32}}, ["T5"]),
     "FLUX ControlNet": ("flux", {"": {"controlnet": ["diffusers", "FluxControlNetModel"]}}, ["FluxControlNetModel"]),
+    "FLUX.2 with Mistral": (
+        "flux2",
+        {"": {"text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]}},
+        ["FLUX.2 klein", "Mistral3ForConditionalGeneration"],
+    ),
+    "FLUX.2 that is told its guidance": ("flux2", {"transformer": {"guidance_embeds": True}}, ["FLUX.2 dev"]),
+    "other Qwen3": ("flux2", {"text_encoder": {"hidden_size": 16}}, ["Qwen3"]),
+    "short Qwen3": ("flux2", {"text_encoder": {"num_hidden_layers": 20}}, ["20 layers"]),
 }
 
 
@@ -114,6 +122,7 @@ def test_a_folder_that_is_not_what_it_seems(kind: str, tmp_path: Path) -> None:
         "FluxControlPipeline",
         "FluxPriorReduxPipeline",
         "Flux2Pipeline",
+        "Flux2KleinKVPipeline",
         "ChromaPipeline",
         "StableDiffusionUpscalePipeline",
         "StableDiffusionInstructPix2PixPipeline",

@@ -101,7 +101,12 @@ def test_what_is_asked_of_the_hub(hub: tuple[Path, Asked]) -> None:
     patterns = set(asked[0]["allow_patterns"])
     parts = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     assert {f"{part}/*.safetensors" for part in parts} <= patterns
-    files = ["tokenizer_3/spiece.model", "tokenizer/merges.txt", "transformer/a.safetensors.index.json"]
+    files = [
+        "tokenizer_3/spiece.model",
+        "tokenizer/chat_template.jinja",
+        "tokenizer/merges.txt",
+        "transformer/a.safetensors.index.json",
+    ]
     assert all(any(fnmatch(file, pattern) for pattern in patterns) for file in files)
     assert not any(fnmatch(f"unet/weights{suffix}", p) for suffix in (".bin", ".ckpt", ".msgpack") for p in patterns)
     assert set(asked[0]["ignore_patterns"]) == {"*.fp16.*", "*non_ema*"}

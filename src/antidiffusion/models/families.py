@@ -52,6 +52,7 @@ UNET_LOOSE = (  # names in an original file that are no weights of the parts: ru
 )
 CLIP_NAMES = r"transformer\.(text_model\.)?(embeddings|encoder|final_layer_norm|text_projection)"
 OPEN_CLIP_NAMES = r"model\.(transformer\.resblocks|token_embedding|positional_embedding|ln_final|text_projection)"
+NEVER = r"(?!)"  # matches no name
 PREFIX = r"(model\.diffusion_model\.)?"
 
 
@@ -76,6 +77,8 @@ class Family:
         stock: What diffusers calls a single file of this family, the first where it cannot tell.
         optional: Parts that a folder may leave out.
         side: Of the pictures in training, in pixels, where a family's configuration does not say it.
+        vae: Class of the autoencoder.
+        told: Entries of model_index.json that `build` takes too.
     """
 
     title: str
@@ -96,12 +99,14 @@ class Family:
     plain: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     side: int | None = None
+    vae: str = "AutoencoderKL"
+    told: frozenset[str] = frozenset()
 
     def class_of(self, part: str) -> tuple[str, str]:
         """Return the library and the class of a part that has weights."""
         if part in self.encoders:
             return "transformers", self.encoders[part]
-        return "diffusers", self.denoiser[1] if part == self.denoiser[0] else "AutoencoderKL"
+        return "diffusers", self.denoiser[1] if part == self.denoiser[0] else self.vae
 
 
 def _unet_widths(configs: Configs) -> str | None:
@@ -136,6 +141,15 @@ def _flux_widths(configs: Configs) -> str | None:
         return "a transformer for pooled text of another width than CLIP's"
     if transformer.get("joint_attention_dim", 4096) != configs["text_encoder_2"]["d_model"]:
         return "a transformer that reads text of another width than T5's"
+    return None
+
+
+def _flux2_widths(configs: Configs) -> str | None:
+    transformer, encoder = configs["transformer"], configs["text_encoder"]
+    if transformer.get("joint_attention_dim", 15360) != 3 * encoder["hidden_size"]:
+        return "a transformer that reads text of another width than three of Qwen3's hidden states"
+    if encoder["num_hidden_layers"] < 27:
+        return f"a text encoder of {encoder['num_hidden_layers']} layers whose 27th is read"
     return None
 
 
@@ -229,5 +243,26 @@ FAMILIES: dict[str, Family] = {
         entry=PREFIX + r"img_in\.weight$",
         channels=64,
         stock=("flux-dev", "flux-schnell"),
+    ),
+    "flux2": Family(
+        "FLUX.2 klein",
+        module="antidiffusion.models.flux2",
+        denoiser=("transformer", "Flux2Transformer2DModel"),
+        pipelines=frozenset({"Flux2KleinPipeline", "Flux2KleinInpaintPipeline"}),
+        encoders={"text_encoder": "Qwen3ForCausalLM"},
+        tokenizers={"tokenizer": ("Qwen2TokenizerFast", "Qwen2Tokenizer")},
+        schedulers=frozenset({"FlowMatchEulerDiscreteScheduler"}),
+        held={},  # read from folders alone: a single file is refused as one of FLUX.2
+        loose=NEVER,
+        widths=_flux2_widths,
+        plain={"guidance_embeds": (False, "a transformer that is told its guidance (FLUX.2 dev)")},
+        patch=4,
+        side=1024,
+        vae="AutoencoderKLFlux2",
+        told=frozenset({"is_distilled"}),
+        mark=NEVER,
+        entry=NEVER,
+        channels=128,
+        stock=(),
     ),
 }

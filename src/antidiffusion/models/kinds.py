@@ -25,6 +25,7 @@ from antidiffusion.models.weights import Location, has_weights, weight_files
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # on a variance-preserving path
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PRECISION = {"force_upcast"}  # says what dtype to compute in; FLUX.2's has it, and its class does not know it
 # Parts of a folder that condition nothing and are never loaded.
 IDLE = {"safety_checker", "feature_extractor", "image_encoder", "watermark", "scheduler"}
 
@@ -42,6 +43,7 @@ class Kind:
         size: Side in pixels of the square that the model was trained on.
         tokenizers: Part -> class.
         header: Of the single file, or None.
+        told: Entries of model_index.json that the family's `build` takes.
     """
 
     location: Location
@@ -51,6 +53,7 @@ class Kind:
     size: int
     tokenizers: dict[str, str]
     header: Header | None
+    told: dict[str, Any]
 
     @property
     def row(self) -> Family:
@@ -106,6 +109,7 @@ def classify(location: Location) -> Kind:
         _size(configs, row, folder),
         {p: index[p][1] for p in present if p.startswith("tokenizer")},
         header,
+        {entry: index[entry] for entry in row.told if entry in index},
     )
 
 
@@ -136,7 +140,7 @@ def _parts(index: Mapping[str, Any], row: Family, folder: Path) -> list[str]:
             f"expected a base model, got a refiner or another model without its first text encoder: {folder}; "
             "name the base model that it refines"
         )
-    known: dict[str, tuple[str, ...]] = {row.denoiser[0]: (row.denoiser[1],), "vae": ("AutoencoderKL",)}
+    known: dict[str, tuple[str, ...]] = {row.denoiser[0]: (row.denoiser[1],), "vae": (row.vae,)}
     known |= {part: (kind,) for part, kind in row.encoders.items()} | dict(row.tokenizers)
     for part, kinds in known.items():
         name = _named(index, part)
@@ -176,7 +180,7 @@ def _check_part(part: str, config: Mapping[str, Any], row: Family, folder: Path)
                 )
     signature = inspect.signature(getattr(diffusers, name).__init__).parameters
     for entry, value in config.items():
-        if entry not in signature and not entry.startswith("_") and value:
+        if entry not in signature and entry not in PRECISION and not entry.startswith("_") and value:
             raise WeightsError(
                 f"expected entries that diffusers {diffusers.__version__} knows, got {entry} = {value!r} in {folder}; "
                 "update diffusers, or name another model"

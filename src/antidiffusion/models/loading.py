@@ -63,7 +63,9 @@ def load(
         weights, autocast = dtypes_of(dtype, where, small=small, full_tuning=full_tuning)
         kind = classify(location)
         build = import_module(kind.row.module).build
-        surrogate: Surrogate = build(kind.scheduler, name=model, autocast=autocast, **_parts(kind, weights))
+        surrogate: Surrogate = build(
+            kind.scheduler, name=model, autocast=autocast, **kind.told, **_parts(kind, weights)
+        )
         if low_memory and surrogate.blocks:
             _ = surrogate.sha256  # of all weights: most are gone from here on
             stream(surrogate, where)

@@ -140,14 +140,16 @@ class Straight:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler))
-        options: dict[str, Any] = {"mu": self._shift(positions)} if self.scheduler.get("use_dynamic_shifting") else {}
+        options: dict[str, Any] = {}
+        if self.scheduler.get("use_dynamic_shifting"):
+            options["mu"] = self._shift(positions, steps)
         if self.even:
             options["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy()
         scheduler.set_timesteps(None if self.even else steps, **options)
         return scheduler.sigmas.float()
 
-    def _shift(self, positions: int) -> float:
-        """Return the logarithm of the shift at a number of positions: a line through two given points."""
+    def _shift(self, positions: int, steps: int) -> float:
+        """Return the logarithm of the shift at a number of positions: a line through two given points for any steps."""
         few, many = self.scheduler.get("base_image_seq_len", 256), self.scheduler.get("max_image_seq_len", 4096)
         low, high = self.scheduler.get("base_shift", 0.5), self.scheduler.get("max_shift", 1.15)
         return low + (high - low) * (positions - few) / (many - few)

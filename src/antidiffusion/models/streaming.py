@@ -84,7 +84,9 @@ class Parked:
 
     def _ran(self, block: nn.Module, inputs: Any, output: Any) -> None:
         cut = output is None  # by an error, or by someone who has seen enough and will go back from inside the block
-        wanted = torch.is_grad_enabled() and (cut or any(isinstance(o, Tensor) and o.requires_grad for o in output))
+        wanted = torch.is_grad_enabled() and (
+            cut or any(isinstance(o, Tensor) and o.requires_grad for o in _several(output))
+        )
         if wanted and not self._kept and self._depth == 1:
             self._kept = True  # called with gradient and not by `Alone`: a backward pass will read the weights
         else:
@@ -129,12 +131,17 @@ class Alone(torch.autograd.Function):
         leaves = [*wanted, *(p for p in ctx.parameters if p.requires_grad)]
         with ctx.parked:
             with torch.enable_grad(), ctx.computing():
-                outputs = ctx.block(*inputs)
+                outputs = _several(ctx.block(*inputs))
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
             answers, seeds = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(answers, leaves, seeds, allow_unused=True))
         given = [next(found) if isinstance(v, Tensor) and v.requires_grad else None for v in inputs]
         return None, None, None, *given, *(next(found) if p.requires_grad else None for p in ctx.parameters)
+
+
+def _several(output: Any) -> tuple[Any, ...]:
+    """Return what a block answers as a tuple: FLUX.2's single blocks answer with one tensor."""
+    return output if isinstance(output, tuple) else (output,)
 
 
 def computing(kind: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -208,7 +208,7 @@ def _download(repo: str, offline: bool, parts: Sequence[str], file: Path | None 
 def _fetch(repo: str, offline: bool, weights: Sequence[str], *, ignored: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*/spiece.model", *weights]
+    patterns = ["*.json", "*.txt", "*/spiece.model", "*/chat_template.jinja", *weights]
     return Path(
         snapshot_download(repo, allow_patterns=patterns, ignore_patterns=list(ignored), local_files_only=offline)
     )
