@@ -72,6 +72,7 @@ def test_every_trial_has_its_row_and_its_pictures(plan: Plan, tmp_path: Path, ti
     assert len(again) == len(rows)
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_rows(
     tmp_path: Path, sd15: Checkpoint, tiny: Surrogate, one_thread: None
 ) -> None:
@@ -154,6 +155,7 @@ def test_an_attack_that_fails_on_the_clean_picture_flags_its_rows(
     assert {tuple(row["flags"]) for row in rows if row["kind"] == "protection"} == {()}
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_sentence_and_the_others_go_on(tmp_path: Path, sd15: Checkpoint) -> None:
     plan, mark = Plan.read(write_plan(tmp_path, sd15.folder, items=1)), tmp_path / "died"
     done = list(run(plan, tmp_path / "run", partial(load_or_die, mark), jobs=2))
@@ -163,6 +165,7 @@ def test_a_process_that_dies_is_a_sentence_and_the_others_go_on(tmp_path: Path, 
     assert len(done) == len(list(plan.trials())) and any(outcome.row for outcome in done)
 
 
+@pytest.mark.slow
 def test_processes_that_always_die_end_the_run(tmp_path: Path, sd15: Checkpoint) -> None:
     plan = Plan.read(write_plan(tmp_path, sd15.folder))
     with pytest.raises(ValueError, match=r"got a worker process that died, .* it was tried 3 times"):

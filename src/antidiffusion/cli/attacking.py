@@ -143,7 +143,6 @@ def attack(
         from antidiffusion.attacks import TUNINGS
         from antidiffusion.attacks.pictures import squared
         from antidiffusion.folders import pictures_in
-        from antidiffusion.pictures.files import expect_new
         from antidiffusion.pictures.picture import Picture
 
         options: dict[str, Any] = {"--steps": steps, "--learning-rate": learning_rate, "--rank": rank}
@@ -157,8 +156,8 @@ def attack(
             originals += [Picture.read(file) for file in files]
             for other in left:
                 shared.say(f"left out: {other.path}: {other.reason}; {other.remedy}", style="yellow")
-        if save is not None:
-            expect_new(save, overwrite=overwrite)
+        if save is not None and save.exists() and not overwrite:
+            raise ValueError(f"{save}: expected a new folder, got an existing one; use --overwrite or another name")
         loading = {"full_tuning": chosen.full_tuning, "low_memory": low_memory}
         surrogate = _prepare(output, overwrite, model, model_config, device, dtype, **loading)
         x = torch.cat([squared(original, surrogate) for original in originals])
